@@ -1,0 +1,65 @@
+// Package blob is the seam below the repository: a store of immutable objects
+// with names. Dir keeps them as files, Mem in memory.
+//
+// Names are relative slash-separated paths of [a-z0-9._-], at most 200 bytes,
+// no empty, "." or ".." element. An object is at most MaxSize long.
+package blob
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"strings"
+)
+
+// MaxSize bounds one object, in bytes.
+const MaxSize = 64 << 20
+
+var (
+	// ErrExist is returned by Put when the name is taken.
+	ErrExist = errors.New("object exists")
+	// ErrNotExist is returned by Get and Delete when there is no such object.
+	ErrNotExist = errors.New("no such object")
+	// ErrName is returned for a name that no store takes.
+	ErrName = errors.New("bad object name")
+	// ErrTruncated is returned by Get when the object ends before the range.
+	ErrTruncated = errors.New("object is shorter than asked for")
+)
+
+// Info is what a listing tells of an object.
+type Info struct {
+	Name string
+	Size int64 // bytes
+}
+
+// Store holds immutable objects. All methods may run in parallel, also from
+// several processes and machines.
+type Store interface {
+	// Put creates the object whole or not at all, and has made it durable when
+	// it returns nil. If the name is taken it changes nothing and returns
+	// ErrExist. data stays the caller's.
+	Put(ctx context.Context, name string, data []byte) error
+	// Get reads n bytes at off; n < 0 means up to the end. It returns exactly
+	// n bytes or ErrTruncated. The slice is the caller's.
+	Get(ctx context.Context, name string, off, n int64) ([]byte, error)
+	// List yields every object whose name starts with prefix, in no promised
+	// order. A failed or partial listing ends with an error; a listing
+	// without an error is complete. An object being created meanwhile may or
+	// may not be listed.
+	List(ctx context.Context, prefix string) iter.Seq2[Info, error]
+	Delete(ctx context.Context, name string) error
+}
+
+// CheckName returns ErrName unless every store takes the name.
+func CheckName(name string) error {
+	if name == "" || len(name) > 200 {
+		return fmt.Errorf("%w: %q", ErrName, name)
+	}
+	for el := range strings.SplitSeq(name, "/") {
+		if el == "" || el == "." || el == ".." || strings.Trim(el, "abcdefghijklmnopqrstuvwxyz0123456789._-") != "" {
+			return fmt.Errorf("%w: %q", ErrName, name)
+		}
+	}
+	return nil
+}
