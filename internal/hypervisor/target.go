@@ -2,6 +2,9 @@ package hypervisor
 
 import (
 	"context"
+	"fmt"
+	"path"
+	"strings"
 
 	"holdfast/internal/disk"
 )
@@ -19,7 +22,12 @@ type NewVM struct {
 	NewIdentity bool
 	// Isolated leaves every network interface without a connection.
 	Isolated bool
-	Owner    Owner
+	// NVRAM is the path, on the host, of the file that CreateVM makes for the
+	// firmware's variables when Config has "nvram", never over an existing
+	// one. DeleteVM removes it with the VM; RemoveDisk removes one that was
+	// left without a VM.
+	NVRAM string
+	Owner Owner
 }
 
 // NewDisk is one disk of a NewVM.
@@ -55,15 +63,20 @@ type Target interface {
 	// need is how many bytes will be written to storage.
 	Preflight(ctx context.Context, vm NewVM, storage string, need int64) error
 	// CreateDisk makes a file for a disk in the storage directory, never over
-	// an existing one: a full disk to be written through the result, or, when
-	// d.Served is set, an empty overlay above it (then the device is nil).
-	// It returns d with Path and Format set. The device is flushed and closed
-	// by the caller.
+	// an existing one (ErrExist): a full disk to be written through the result,
+	// or, when d.Served is set, an empty overlay above it (then the device is
+	// nil). An empty d.Format means qcow2. The file is DiskPath(storage, name,
+	// d.Format), so that a caller can record it before it is made. It returns
+	// d with Path and Format set. The device is flushed and closed by the
+	// caller.
 	CreateDisk(ctx context.Context, storage, name string, d NewDisk) (NewDisk, WriteCloser, error)
 	// RemoveDisk removes what CreateDisk made. One already gone is no error.
 	RemoveDisk(ctx context.Context, path string) error
 	// CreateVM defines the VM, stopped. On an error nothing is left.
 	CreateVM(ctx context.Context, vm NewVM) (VMID, error)
+	// Find gives the VM that CreateVM made for a session (Owner.Session), also
+	// when the maker died before it heard of it. ErrNotExist if there is none.
+	Find(ctx context.Context, session string) (VMID, error)
 	Start(ctx context.Context, id VMID) error
 	// Stop turns the VM off at once; one that is off is no error.
 	Stop(ctx context.Context, id VMID) error
@@ -77,12 +90,35 @@ type Target interface {
 	// Migrate makes every disk of the VM local to storage while it runs, and
 	// returns when no disk depends on a served one and the configuration has
 	// no link left; it verifies both. Cancelling ctx stops the copying and
-	// keeps what is local; calling again continues.
+	// keeps what is local; calling again continues. Files that it makes are
+	// DiskPath(storage, Owner.DiskName(VM's name, disk), "qcow2").
 	Migrate(ctx context.Context, id VMID, storage string, report Progress) error
 	// Network asks the guest agent whether the guest has connectivity, and
 	// bounces its links if it has lost it. It says what it found and did.
 	Network(ctx context.Context, id VMID) (string, error)
 	Close() error
+}
+
+// DiskPath is where CreateDisk makes the file of that name and format; an
+// empty format means qcow2. Hosts have slashes in their paths.
+func DiskPath(storage, name, format string) string {
+	if format == "" {
+		format = "qcow2"
+	}
+	return path.Join(storage, name+"."+format)
+}
+
+// DiskName names the file that a session makes for a VM's disk: readable,
+// and never anybody else's. What is no plain character becomes "_".
+func (o Owner) DiskName(vm string, d DiskID) string {
+	plain := func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '.', r == '_', r == '-':
+			return r
+		}
+		return '_'
+	}
+	return fmt.Sprintf("%.64s-%.64s-%.16s", strings.Map(plain, vm), strings.Map(plain, string(d)), o.Session)
 }
 
 // WriteCloser is a disk being filled. Close is checked.
