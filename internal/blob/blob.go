@@ -2,7 +2,7 @@
 // with names. Dir keeps them as files, Mem in memory.
 //
 // Names are relative slash-separated paths of [a-z0-9._-], at most 200 bytes,
-// no empty, "." or ".." element. An object is at most MaxSize long.
+// no empty, "." or ".." element, none starting with ".tmp-". An object is at most MaxSize long.
 package blob
 
 import (
@@ -57,7 +57,7 @@ func CheckName(name string) error {
 		return fmt.Errorf("%w: %q", ErrName, name)
 	}
 	for el := range strings.SplitSeq(name, "/") {
-		if el == "" || el == "." || el == ".." || strings.Trim(el, "abcdefghijklmnopqrstuvwxyz0123456789._-") != "" {
+		if el == "" || el == "." || el == ".." || strings.HasPrefix(el, tmpPrefix) || strings.Trim(el, "abcdefghijklmnopqrstuvwxyz0123456789._-") != "" {
 			return fmt.Errorf("%w: %q", ErrName, name)
 		}
 	}
