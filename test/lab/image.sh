@@ -21,13 +21,16 @@ DHCP=ipv4
 LinkLocalAddressing=no
 EOF
 chroot "$root" systemctl -q enable systemd-networkd.service
+chroot "$root" systemctl -q set-default multi-user.target
 for unit in systemd-networkd-wait-online.service apt-daily.timer apt-daily-upgrade.timer \
 	e2scrub_all.timer e2scrub_reap.service fstrim.timer dpkg-db-backup.timer \
 	getty@tty1.service systemd-update-utmp.service systemd-update-utmp-runlevel.service \
 	systemd-random-seed.service systemd-binfmt.service systemd-pcrphase.service \
 	systemd-pcrphase-sysinit.service systemd-machine-id-commit.service \
 	sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount dev-mqueue.mount \
-	systemd-journal-flush.service systemd-tmpfiles-clean.timer; do
+	systemd-journal-flush.service systemd-tmpfiles-clean.timer systemd-logind.service \
+	modprobe@drm.service modprobe@configfs.service modprobe@efi_pstore.service modprobe@fuse.service \
+	modprobe@loop.service modprobe@dm_mod.service sys-fs-fuse-connections.mount sys-kernel-config.mount; do
 	ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done
 mkdir -p "$root/etc/systemd/journald.conf.d"

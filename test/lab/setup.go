@@ -16,6 +16,7 @@ import (
 // hostPackages is what the lab and the tests use on the machine.
 var hostPackages = []string{
 	"qemu-system-x86", "qemu-utils", "qemu-block-extra", "libvirt-daemon-system", "libvirt-clients", "libvirt-daemon-driver-qemu",
+	"gcc", "libc6-dev", // for the race detector
 	"nbdkit", "libnbd-bin", "fio", "mmdebstrap", "grub-pc-bin", "grub-common", "gdisk", "e2fsprogs", "util-linux",
 }
 

@@ -1,0 +1,49 @@
+# make demo    a lost VM runs again from its backup: the story, on a real guest
+# make test    everything: unit, conformance and race tests, then real guests
+# make build   bin/holdfast
+# make race    the fast part of the tests, under the race detector
+# make lint    gofmt, vet (Linux and Windows), staticcheck
+# make bench   speed against qemu-img, into bench/results.md   QUICK=1, CLEAN=1
+# make soak    hours of random kills                           SOAK_HOURS=8, SEED=n
+#
+# demo, test, bench and soak install Debian packages that are missing and start
+# libvirt when it is not running. That, and what uses guests, runs as root:
+# through sudo for everybody else.
+
+GO      ?= go
+SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LAB     := bin/lab
+
+.PHONY: demo test build race bench soak lint lab
+.DEFAULT_GOAL := build
+
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/holdfast ./cmd/holdfast
+
+# The lab: see the comment of package test/lab.
+lab:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags -s -o $(LAB)/ ./test/lab/labctl ./test/lab/guestwriter
+	$(SUDO) $(LAB)/labctl setup -writer $(LAB)/guestwriter
+
+demo: build lab
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(LAB)/ ./test/demo
+	@$(SUDO) $(LAB)/demo -holdfast bin/holdfast
+
+test: lab
+	@GO="$(GO)" SUDO="$(SUDO)" sh test/all.sh
+
+race:
+	$(GO) test -race -short -timeout 5m ./...
+
+lint:
+	@GO="$(GO)" sh test/lint.sh
+
+bench: build lab
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(LAB)/ ./bench
+	$(SUDO) $(LAB)/bench -holdfast bin/holdfast $(if $(QUICK),-quick) $(if $(CLEAN),-clean)
+
+soak: build lab
+	CGO_ENABLED=0 $(GO) test -c -o $(LAB)/ ./test/e2e
+	cd test/e2e && $(SUDO) env HOLDFAST_LAB=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast SOAK_HOURS=$(or $(SOAK_HOURS),8) SEED=$(SEED) \
+		$(CURDIR)/$(LAB)/e2e.test -test.v -test.run '^TestSoak$$' -test.timeout 0

@@ -1,0 +1,50 @@
+#!/bin/sh
+# make test: everything there is to test, one step after the other; all steps
+# run, and the last lines say which failed. $SUDO is "sudo" for everybody but
+# root: the tests on real guests run under it, built beforehand.
+set -u
+GO=${GO:-go}
+SUDO=${SUDO:-}
+top=$(pwd)
+report= failed= began=$(date +%s)
+
+step() { # step NAME COMMAND...
+	name=$1 from=$(date +%s)
+	shift
+	echo "== $name"
+	if "$@"; then word=ok; else
+		word=FAILED
+		failed="$failed, $name"
+	fi
+	line="$word: $name, $(($(date +%s) - from)) s"
+	report="$report$line
+"
+	echo "== $line"
+}
+
+# Packages with tests that ask for guests are those that use the lab.
+lab_tests() {
+	ok=0
+	mkdir -p bin/lab/tests
+	for dir in $(grep -rl --include='*_test.go' 'lab\.Need(' internal test | xargs -r dirname | sort -u); do
+		out=$top/bin/lab/tests/$(echo "$dir" | tr / -).test
+		CGO_ENABLED=0 $GO test -c -o "$out" "./$dir" || { ok=1; continue; }
+		echo "-- $dir"
+		(cd "$dir" && $SUDO env HOLDFAST_LAB=1 HOLDFAST_BIN="$top/bin/holdfast" "$out" -test.v -test.timeout 15m -test.run "${RUN:-.}") || ok=1
+	done
+	return $ok
+}
+
+step build make --no-print-directory build
+step lint sh test/lint.sh
+step "unit, conformance and race tests" $GO test -race -timeout 10m ./...
+step "real guests" lab_tests
+
+echo
+printf '%s' "$report"
+total=$(($(date +%s) - began))
+if [ -n "$failed" ]; then
+	echo "FAILED after $total s:${failed#,}"
+	exit 1
+fi
+echo "All passed in $total s."
