@@ -138,15 +138,20 @@ var domainXML = template.Must(template.New("domain").Parse(`<domain type='qemu'>
 // Open returns the guest of that name, made by whomever.
 func Open(name string) *Guest { return &Guest{Name: name} }
 
-// Dir returns the directory of a guest's first disk, if it lies in the lab's.
+// Dir returns the lab's directory in which a guest has a disk.
 func Dir(ctx context.Context, name string) (string, error) {
 	out, err := Virsh(ctx, "domblklist", "--details", name)
 	if err != nil {
 		return "", err
 	}
 	for line := range strings.Lines(out) {
-		if f := strings.Fields(line); len(f) == 4 && f[1] == "disk" && filepath.Dir(filepath.Dir(f[3])) == base() {
-			return filepath.Dir(f[3]), nil
+		f := strings.Fields(line)
+		if len(f) != 4 || f[1] != "disk" {
+			continue
+		}
+		if rest, ok := strings.CutPrefix(f[3], base()+"/"); ok {
+			dir, _, _ := strings.Cut(rest, "/")
+			return filepath.Join(base(), dir), nil
 		}
 	}
 	return "", fmt.Errorf("guest %s has no disk in %s", name, base())

@@ -176,7 +176,9 @@ func newStorage(owner int) (string, error) {
 	return dir, run(context.Background(), "chown", "libvirt-qemu", dir)
 }
 
-// Sweep removes guests and directories whose process is gone, and names them.
+// Sweep removes what dead processes of the lab left, and names it: guests (by
+// name, or by a disk in one of the lab's directories), processes of the program
+// under test whose HOLDFAST_STATE lies in such a directory, the directories.
 func Sweep(ctx context.Context) ([]string, error) {
 	out, err := Virsh(ctx, "list", "--all", "--name")
 	if err != nil {
@@ -185,12 +187,28 @@ func Sweep(ctx context.Context) ([]string, error) {
 	var gone []string
 	for name := range strings.FieldsSeq(out) {
 		if !orphan(name) {
-			continue
+			// A guest may go meanwhile: then it is not ours to remove.
+			if dir, err := Dir(ctx, name); err != nil || !orphan(filepath.Base(dir)) {
+				continue
+			}
 		}
 		if err := undefine(ctx, name); err != nil {
 			return gone, err
 		}
-		gone = append(gone, name)
+		gone = append(gone, "guest "+name)
+	}
+	envs, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		return gone, err
+	}
+	for _, env := range envs {
+		pid, dir := stateOf(env)
+		if dir == "" || !orphan(dir) {
+			continue
+		}
+		if p, err := os.FindProcess(pid); err == nil && p.Kill() == nil {
+			gone = append(gone, fmt.Sprintf("process %d", pid))
+		}
 	}
 	dirs, err := filepath.Glob(filepath.Join(base(), "lab-*"))
 	if err != nil {
@@ -206,6 +224,25 @@ func Sweep(ctx context.Context) ([]string, error) {
 		gone = append(gone, dir)
 	}
 	return gone, nil
+}
+
+// stateOf returns the id of the process that env, its /proc/PID/environ,
+// belongs to, and the name of the lab's directory in which its HOLDFAST_STATE
+// lies; "" for none.
+func stateOf(env string) (pid int, dir string) {
+	b, err := os.ReadFile(env)
+	if err != nil {
+		return 0, ""
+	}
+	for v := range strings.SplitSeq(string(b), "\x00") {
+		if rest, ok := strings.CutPrefix(v, "HOLDFAST_STATE="+base()+"/"); ok {
+			dir, _, _ = strings.Cut(rest, "/")
+		}
+	}
+	if _, err := fmt.Sscanf(env, "/proc/%d/", &pid); err != nil {
+		return 0, ""
+	}
+	return pid, dir
 }
 
 // orphan reports whether name is one of the lab's and its process is gone.
