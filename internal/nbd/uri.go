@@ -123,19 +123,12 @@ func (a Address) String() string {
 		q = append(q, "socket="+strings.ReplaceAll(escape(a.Addr), "%2F", "/"))
 	} else {
 		u.Host = strings.TrimSuffix(a.Addr, ":"+DefaultPort)
-		if strings.Contains(strings.Trim(u.Host, "[]"), ":") && !strings.HasPrefix(u.Host, "[") {
-			u.Host = a.Addr
-		}
 	}
 	if a.ServerName != "" {
 		q = append(q, "tls-hostname="+escape(a.ServerName))
 	}
 	u.RawQuery = strings.Join(q, "&")
-	s := u.String()
-	if u.Host == "" && !strings.Contains(s, "://") {
-		s = strings.Replace(s, ":", "://", 1)
-	}
-	return s
+	return u.String()
 }
 
 func escape(s string) string { return strings.ReplaceAll(url.QueryEscape(s), "+", "%20") }
