@@ -2,31 +2,48 @@ package repo
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
+	"fmt"
+	"hash"
+	"sync"
 	"time"
 
 	"holdfast/internal/blob"
-	"holdfast/internal/disk"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+	"holdfast/internal/repo/internal/tree"
 )
 
 type (
 	// PointID and HistoryID are 32 lower-case hex digits, random.
 	PointID   string
 	HistoryID string
-	// Root names a disk's map: the id of its top node with the number of
-	// levels, or "zero". Opaque outside this package.
+	// Root names a disk's map, in the form of docs/format.md §4.
 	Root string
 )
 
 var (
 	ErrNotRepository = errors.New("not a Holdfast repository")
+	ErrExist         = errors.New("there is a repository already")
 	ErrPassphrase    = errors.New("wrong passphrase")
-	ErrVersion       = errors.New("repository needs a newer Holdfast")
-	ErrDamaged       = errors.New("damaged") // authenticated decryption failed, wrong length, missing object
-	ErrNotExist      = errors.New("no such restore point")
-	ErrRevoked       = errors.New("this run's lease was revoked")
-	ErrRolledBack    = errors.New("repository is older than this machine has seen it")
+	// ErrVersion: the repository was written in a format this program does not know.
+	ErrVersion = seal.ErrVersion
+	// ErrDamaged: something stored is missing, shorter, or not what it was.
+	ErrDamaged  = seal.ErrDamaged
+	ErrNotExist = errors.New("no such restore point")
+	// ErrRevoked: the run's lease was declared dead; it cannot commit.
+	ErrRevoked = errors.New("this run's lease was revoked")
+	// ErrRolledBack: the store does not contain what this machine saw in it.
+	ErrRolledBack = errors.New("the repository is older than this machine has seen it")
 )
+
+// ChunkSize is the alignment, in bytes, of writes to a DiskWriter.
+const ChunkSize = tree.ChunkSize
 
 // Point is a restore point: one VM at one time, always complete.
 type Point struct {
@@ -45,8 +62,8 @@ type Point struct {
 	Disks         []Disk    `json:"disks"`
 	Files         []File    `json:"files"`
 	ReadBytes     int64     `json:"read_bytes"`   // read from the host for this point
-	NewBytes      int64     `json:"new_bytes"`    // plain bytes of chunks that were new to the repository
-	StoredBytes   int64     `json:"stored_bytes"` // bytes those took in packs
+	NewBytes      int64     `json:"new_bytes"`    // plain bytes of chunks that were new to the repository; set by Commit
+	StoredBytes   int64     `json:"stored_bytes"` // bytes that the run added to packs; set by Commit
 }
 
 // Disk is one disk of a Point.
@@ -62,102 +79,92 @@ type Disk struct {
 // File is a piece of configuration of a Point.
 type File struct {
 	Name string `json:"name"`
-	Size int64  `json:"size"`
+	Size int64  `json:"size"` // bytes
 	Root Root   `json:"root"`
 }
 
 // Options of Init and Open.
 type Options struct {
-	// Cache is a directory for the index cache and the newest head seen;
-	// machine-local, private, disposable. Required.
+	// Cache is a directory for the index cache and the newest head seen:
+	// this machine's own, private. All in it may be deleted but "head", whose
+	// loss only costs the detection of a rollback. Required.
 	Cache string
 }
 
-var errStub = errors.New("not yet")
+// Repo is an open repository. Safe in parallel, but for Close.
+type Repo struct {
+	store blob.Store
+	id    [16]byte
+	pub   ed25519.PublicKey
+	sign  ed25519.PrivateKey
+	ring  *seal.Ring
+	cache string // directory of this repository's cache
 
-// Repo is an open repository. Safe for use in parallel.
-type Repo struct{}
+	chunkIDs, nodeIDs sync.Pool // hash.Hash, keyed
 
-func Init(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Repo, error) {
-	return nil, errStub
+	refreshing sync.Mutex // held while the chain's news is read; before mu
+
+	mu    sync.RWMutex // guards state
+	state *state
+
+	index   *index.Index
+	openers openerCache
+	nodes   lru[pack.ID, *tree.Node]
+	chunks  lru[pack.ID, []byte]
 }
-func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Repo, error) {
-	return nil, errStub
-}
-func (r *Repo) ID() string   { return "" } // 32 lower-case hex digits
-func (r *Repo) Close() error { return nil }
 
-// ChunkSize is the alignment, in bytes, of writes to a DiskWriter.
-const ChunkSize = 64 << 10
+// ID is the repository's id: 32 lower-case hex digits.
+func (r *Repo) ID() string { return hex.EncodeToString(r.id[:]) }
+
+// Close releases the index cache. No other call may be under way.
+func (r *Repo) Close() error { return r.index.Close() }
 
 // Points reads what was committed until now: all restore points that were not
-// forgotten, oldest first.
-func (r *Repo) Points(ctx context.Context) ([]Point, error) { return nil, errStub }
-
-// OpenDisk opens a restore point's disk.
-func (r *Repo) OpenDisk(ctx context.Context, d Disk) (*DiskReader, error) { return nil, errStub }
+// forgotten, oldest commit first.
+func (r *Repo) Points(ctx context.Context) ([]Point, error) {
+	if err := r.refresh(ctx); err != nil {
+		return nil, err
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	points := make([]Point, 0, len(r.state.points))
+	for _, id := range r.state.order {
+		if p, ok := r.state.points[id]; ok {
+			points = append(points, p)
+		}
+	}
+	return points, nil
+}
 
 // ReadFile returns a piece of a restore point's configuration.
-func (r *Repo) ReadFile(ctx context.Context, f File) ([]byte, error) { return nil, errStub }
-
-// DiskReader is a restore point's disk, read-only.
-type DiskReader struct{ disk.Reader }
-
-// Matches reports whether p, at off (a multiple of ChunkSize; len(p) a multiple
-// too but for the disk's end), is what the disk holds, by comparing chunk ids:
-// nothing is fetched but the map.
-func (d *DiskReader) Matches(ctx context.Context, p []byte, off int64) (bool, error) {
-	return false, errStub
+func (r *Repo) ReadFile(ctx context.Context, f File) ([]byte, error) {
+	if f.Size < 0 || f.Size > maxFile {
+		return nil, fmt.Errorf("%s: %w: %d bytes", f.Name, ErrDamaged, f.Size)
+	}
+	d, err := r.OpenDisk(ctx, Disk{ID: f.Name, Size: f.Size, Root: f.Root})
+	if err != nil {
+		return nil, err
+	}
+	p := make([]byte, f.Size)
+	return p, errors.Join(d.ReadAt(ctx, p, 0), d.Close())
 }
 
-// Begin opens a run: a lease under which packs may be written.
-func (r *Repo) Begin(ctx context.Context) (*Run, error) { return nil, errStub }
+// chunkID and nodeID name content by its keyed hash.
+func (r *Repo) chunkID(p []byte) pack.ID { return keyedHash(&r.chunkIDs, p) }
+func (r *Repo) nodeID(p []byte) pack.ID  { return keyedHash(&r.nodeIDs, p) }
 
-// Run writes one or more disks and commits one restore point.
-// Its methods may run in parallel, but for Commit and Close.
-type Run struct{}
-
-// Disk starts a disk's new map. With base the new disk begins as a copy of
-// it (truncated or zero-extended to size); with nil as zeros.
-func (run *Run) Disk(ctx context.Context, base *DiskReader, size int64) (*DiskWriter, error) {
-	return nil, errStub
+func keyedHash(pool *sync.Pool, p []byte) (id pack.ID) {
+	h := pool.Get().(hash.Hash)
+	h.Reset()
+	h.Write(p)
+	h.Sum(id[:0])
+	pool.Put(h)
+	return id
 }
 
-// PutFile stores a piece of configuration.
-func (run *Run) PutFile(ctx context.Context, name string, data []byte) (File, error) {
-	return File{}, errStub
+func (r *Repo) deriveIDs() {
+	ids := (*seal.Key)(r.ring.IDs)
+	chunk, node := ids.Derive(nil, "chunk id"), ids.Derive(nil, "node id")
+	r.chunkIDs.New = func() any { return hmac.New(sha256.New, chunk[:]) }
+	r.nodeIDs.New = func() any { return hmac.New(sha256.New, node[:]) }
 }
-
-// Flush makes durable, and shares with others, all that was written: after it
-// only the commit itself can fail for want of space.
-func (run *Run) Flush(ctx context.Context) error { return errStub }
-
-// Commit makes the point visible. It sets p.ID.
-func (run *Run) Commit(ctx context.Context, p *Point) error { return errStub }
-
-// Close ends the run. Without a Commit before, what was written stays for the
-// next run to reuse.
-func (run *Run) Close() error { return nil }
-
-// DiskWriter takes a disk's changed chunks. WriteAt and ZeroAt want off to be a
-// multiple of ChunkSize, and the length too but at the disk's end. They may
-// run in parallel; ascending order keeps packs in disk order.
-type DiskWriter struct{ disk.Writer }
-
-// Finish stores the map and returns its root.
-func (w *DiskWriter) Finish(ctx context.Context) (Root, error) { return "", errStub }
-
-// Counts tells what was written so far.
-func (w *DiskWriter) Counts() Counts { return Counts{} }
-
-// Counts of a DiskWriter, in bytes.
-type Counts struct {
-	New    int64 // plain bytes of chunks that were new to the repository
-	Stored int64 // bytes that those take in packs
-}
-
-// Pin keeps a point's data until Unpin, whatever is forgotten or pruned.
-func (r *Repo) Pin(ctx context.Context, session string, id PointID) error { return errStub }
-
-// Unpin removes a session's pins. None is no error.
-func (r *Repo) Unpin(ctx context.Context, session string) error { return errStub }

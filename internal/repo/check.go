@@ -1,0 +1,354 @@
+package repo
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+	"holdfast/internal/repo/internal/tree"
+)
+
+// CheckOptions of Check.
+type CheckOptions struct {
+	// ReadData reads and authenticates every stored byte, not only that
+	// everything is there in its right length.
+	ReadData bool
+	// Report is told how many bytes of packs were looked at, of how many.
+	Report func(done, total int64)
+}
+
+// CheckReport is what Check found.
+type CheckReport struct {
+	Entries   uint64    `json:"chain_entries"`
+	Points    int       `json:"points"`
+	Packs     int       `json:"packs"`
+	PackBytes int64     `json:"pack_bytes"`
+	Nodes     int       `json:"nodes"` // of disk maps, equal ones counted once
+	ReadBytes int64     `json:"read_bytes"`
+	Problems  []Problem `json:"problems"`
+	// Distrusted counts damaged copies that the next runs will store again.
+	Distrusted int `json:"distrusted"`
+}
+
+// Problem is one thing that is wrong.
+type Problem struct {
+	Object string  `json:"object"`          // the stored object, or the disk, that is damaged
+	Point  PointID `json:"point,omitempty"` // when a restore point has lost something
+	What   string  `json:"what"`
+}
+
+// Check proves the repository: the chain, the index objects, that every pack is
+// there in its length (with ReadData also byte for byte), and that every map
+// and chunk of every restore point is found. Damage is listed, and recorded in
+// the chain, so that the next runs store again what they meet of it. An error
+// means that the check itself could not be done.
+func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
+	c := &checker{r: r, o: o, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
+	if err := c.chain(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.indexes(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.stored(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.points(ctx); err != nil {
+		return nil, err
+	}
+	return &c.report, c.distrust(ctx)
+}
+
+type packInfo struct {
+	size   int64
+	index  [32]byte // the index object that lists it
+	number int      // within that
+}
+
+type checker struct {
+	r     *Repo
+	o     CheckOptions
+	packs map[[32]byte]packInfo
+	lost  map[tree.ID]int64 // by node: chunks below that cannot be read
+
+	mu     sync.Mutex // guards what follows
+	bad    map[badKey]bool
+	report CheckReport
+}
+
+func (c *checker) problem(p Problem) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.report.Problems = append(c.report.Problems, p)
+}
+
+// chain reads all entries again; they must lead to the state we know.
+func (c *checker) chain(ctx context.Context) error {
+	if err := c.r.refresh(ctx); err != nil {
+		return err
+	}
+	known := c.r.current()
+	p, err := c.r.store.Get(ctx, configName, 0, -1)
+	if err != nil {
+		return err
+	}
+	s := newState(sha256.Sum256(p))
+	for s.head < known.head {
+		name := entryName(s.head + 1)
+		p, err := c.r.get(ctx, name, 0, -1)
+		if err == nil {
+			err = c.r.apply(s, p)
+		}
+		if errors.Is(err, ErrDamaged) {
+			c.problem(Problem{Object: name, What: err.Error()})
+			break
+		} else if err != nil {
+			return err
+		}
+	}
+	c.report.Entries, c.report.Points = known.head, len(known.points)
+	return nil
+}
+
+// indexes reads all live index objects and notes the packs.
+func (c *checker) indexes(ctx context.Context) error {
+	for d := range c.r.current().indexes {
+		packs, err := c.r.readIndex(ctx, d)
+		if errors.Is(err, ErrDamaged) {
+			c.problem(Problem{Object: indexName(d), What: err.Error()})
+			continue
+		} else if err != nil {
+			return err
+		}
+		for i, k := range packs {
+			c.packs[k.Name] = packInfo{k.Size, d, i}
+			c.report.PackBytes += k.Size
+		}
+	}
+	c.report.Packs = len(c.packs)
+	return nil
+}
+
+// stored checks that each pack is there, and with ReadData what is in it.
+func (c *checker) stored(ctx context.Context) error {
+	there := map[string]int64{}
+	for i, err := range c.r.store.List(ctx, "packs/") {
+		if err != nil {
+			return err
+		}
+		there[i.Name] = i.Size
+	}
+	var done int64
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(4)
+	for name, info := range c.packs {
+		g.Go(func() error {
+			if err := c.pack(gctx, name, info, there); err != nil {
+				return err
+			}
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if done += info.size; c.o.Report != nil {
+				c.o.Report(done, c.report.PackBytes)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64) error {
+	size, ok := there[packName(name)]
+	switch {
+	case !ok:
+		return c.badPack(ctx, name, info, "missing", nil)
+	case size != info.size:
+		return c.badPack(ctx, name, info, fmt.Sprintf("%d bytes long, should be %d", size, info.size), nil)
+	case !c.o.ReadData:
+		return nil
+	}
+	var p []byte
+	for range 2 { // damage must show twice: the way here may have been at fault
+		var err error
+		if p, err = c.r.store.Get(ctx, packName(name), 0, -1); errors.Is(err, blob.ErrNotExist) {
+			return c.badPack(ctx, name, info, "missing", nil)
+		} else if err != nil {
+			return err
+		}
+		c.mu.Lock()
+		c.report.ReadBytes += int64(len(p))
+		c.mu.Unlock()
+		if sha256.Sum256(p) == name {
+			return nil
+		}
+	}
+	return c.badPack(ctx, name, info, "its bytes have changed", p)
+}
+
+// badPack notes a damaged pack and its items; with p, those that still open
+// stay good.
+func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, what string, p []byte) error {
+	packs, err := c.r.readIndex(ctx, info.index)
+	if err != nil {
+		return err
+	}
+	items := packs[info.number].Items
+	bad := 0
+	off := uint32(seal.HeaderLen)
+	for i, it := range items {
+		at := index.Place{Pack: name, Number: uint32(i), Offset: off, Stored: it.Stored}
+		off += it.Stored
+		if p != nil && c.opens(p, at, it.ID) {
+			continue
+		}
+		bad++
+		c.mu.Lock()
+		c.bad[badKey{name, it.ID}] = true
+		c.mu.Unlock()
+	}
+	c.problem(Problem{Object: packName(name), What: fmt.Sprintf("%s: %d of %d chunks lost", what, bad, len(items))})
+	return nil
+}
+
+// opens tries one item of a damaged pack in memory.
+func (c *checker) opens(p []byte, at index.Place, id pack.ID) bool {
+	if len(p) < seal.HeaderLen || int64(at.Offset)+int64(at.Stored) > int64(len(p)) {
+		return false
+	}
+	h, master, err := c.r.packHeader(p)
+	if err != nil {
+		return false
+	}
+	sealed := append([]byte(nil), p[at.Offset:at.Offset+at.Stored]...)
+	_, err = pack.NewOpener(p, h, master).Open(nil, sealed, int(at.Number), id, pack.MaxContent)
+	return err == nil
+}
+
+// points goes through every restore point's maps.
+func (c *checker) points(ctx context.Context) error {
+	s := c.r.current()
+	for _, id := range s.order {
+		p, ok := s.points[id]
+		if !ok {
+			continue
+		}
+		for _, d := range p.Disks {
+			if err := c.disk(ctx, &p, d, "disk "+d.ID); err != nil {
+				return err
+			}
+		}
+		for _, f := range p.Files {
+			if err := c.disk(ctx, &p, Disk{ID: f.Name, Size: f.Size, Root: f.Root}, f.Name); err != nil {
+				return err
+			}
+		}
+	}
+	c.report.Nodes = len(c.lost)
+	return nil
+}
+
+func (c *checker) disk(ctx context.Context, p *Point, d Disk, what string) error {
+	root, err := tree.ParseRoot(string(d.Root), d.Size)
+	if err != nil {
+		c.problem(Problem{Object: what, Point: p.ID, What: err.Error()})
+		return nil
+	}
+	lost, err := c.node(ctx, root.ID, root.Levels-1)
+	if err != nil {
+		return err
+	}
+	if lost > 0 {
+		c.problem(Problem{Object: what, Point: p.ID,
+			What: fmt.Sprintf("%s of %s: %d chunks (%d KiB) cannot be read", p.VM, p.Time.Format("2006-01-02 15:04:05"), lost, lost*ChunkSize>>10)})
+	}
+	return nil
+}
+
+// node counts the chunks below a node that cannot be read.
+func (c *checker) node(ctx context.Context, id tree.ID, level int) (int64, error) {
+	if id == (tree.ID{}) {
+		return 0, nil
+	}
+	if lost, ok := c.lost[id]; ok {
+		return lost, nil
+	}
+	readable, err := c.readable(id)
+	if err != nil {
+		return 0, err
+	}
+	var n *tree.Node
+	if readable {
+		if n, err = c.r.node(ctx, id, level); err != nil && !errors.Is(err, ErrDamaged) {
+			return 0, err
+		}
+	}
+	if n == nil {
+		c.lost[id] = 1 << (8 * (level + 1)) // all that it may have mapped
+		return c.lost[id], nil
+	}
+	var lost int64
+	for _, child := range n.Children {
+		if child == (tree.ID{}) {
+			continue
+		}
+		if level > 0 {
+			l, err := c.node(ctx, child, level-1)
+			if err != nil {
+				return 0, err
+			}
+			lost += l
+		} else if ok, err := c.readable(child); err != nil {
+			return 0, err
+		} else if !ok {
+			lost++
+		}
+	}
+	c.lost[id] = lost
+	return lost, nil
+}
+
+// readable reports whether an item has a copy that this check found no fault with.
+func (c *checker) readable(id pack.ID) (bool, error) {
+	places, err := c.r.places(id)
+	if err != nil {
+		return false, err
+	}
+	for _, p := range places {
+		if _, listed := c.packs[p.Pack]; listed && !c.bad[badKey{p.Pack, id}] {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// distrustItems bounds one chain entry.
+const distrustItems = 1 << 16
+
+// distrust records the damaged copies that the chain does not know yet.
+func (c *checker) distrust(ctx context.Context) error {
+	var items []badItem
+	known := c.r.current().bad
+	for k := range c.bad {
+		if !known[k] {
+			items = append(items, badItem{k.pack[:], k.id[:]})
+		}
+	}
+	c.report.Distrusted = len(items)
+	for len(items) > 0 {
+		n := min(len(items), distrustItems)
+		e := entrySealed{Items: items[:n]}
+		if err := c.r.append(ctx, kindDistrust, entryClear{}, e, func(*state) error { return nil }); err != nil {
+			return fmt.Errorf("record the damage, so that the next backups mend it: %w", err)
+		}
+		items = items[n:]
+	}
+	return nil
+}

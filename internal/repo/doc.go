@@ -1,0 +1,32 @@
+// Package repo is the repository: restore points, disk maps and chunks on a
+// blob.Store, in the format of docs/format.md.
+//
+// # Pipeline
+//
+// A Run holds a lease. Its DiskWriters cut what they are given into chunks,
+// name each by a keyed hash, and drop those that the index, the base or the
+// run itself already has. The rest is compressed, decoded again and compared,
+// gathered in a packer in disk order, sealed into packs and stored. Map nodes
+// go the same way through a packer of their own. Flush writes the index
+// objects; Commit creates the next entry of the chain, and with that the
+// restore point.
+//
+// A DiskReader looks ids up in the map, finds their places in the index, reads
+// neighbours in a pack with one request, opens and decodes.
+//
+// # What may run beside what
+//
+// All methods of Repo are safe in parallel, and so are several runs of one or
+// more processes and machines on one store. The chain orders them.
+//
+// # After a crash
+//
+// A point exists when its chain entry does; the entry is created last, when all
+// it needs is durable. What an unfinished run has stored is found by the next
+// one as far as it had announced it; the rest is garbage for prune.
+//
+// # Locks in this package
+//
+// refreshing (one reader of the chain's news) is taken before mu (the state).
+// No I/O happens under mu. Run.mu and packer.mu are never held together.
+package repo

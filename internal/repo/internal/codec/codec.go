@@ -1,0 +1,113 @@
+// Package codec compresses content: one codec byte, then the payload
+// (docs/format.md §3.2). Whatever it compresses it decodes again and compares,
+// so that an encoder's defect costs space, never data.
+//
+// All functions are safe in parallel.
+package codec
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+const (
+	plain byte = 0
+	zst   byte = 1
+)
+
+// ErrCodec is returned for content that cannot be decoded.
+var ErrCodec = errors.New("content cannot be decoded")
+
+// pair is an encoder and a decoder that serve one call at a time.
+type pair struct {
+	enc *zstd.Encoder
+	dec *zstd.Decoder
+	buf []byte
+}
+
+var pairs = sync.Pool{New: func() any { return newPair() }}
+
+// decoders bounds how many decoders exist, for their memory's sake.
+var decoders = sync.OnceValue(func() *zstd.Decoder {
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(runtime.GOMAXPROCS(0)), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxMemory(256<<20))
+	if err != nil {
+		panic(err) // only for bad options
+	}
+	return d
+})
+
+func newPair() *pair {
+	// The fastest level: higher ones cost two to ten times the time for a few
+	// per cent. The frame's checksum is left out since GCM's tag is stronger.
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+		zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
+	if err != nil {
+		panic(err) // only for bad options
+	}
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true))
+	if err != nil {
+		panic(err)
+	}
+	return &pair{enc: enc, dec: dec}
+}
+
+// Encode appends the codec byte and p's payload to dst: compressed when that
+// is shorter and decodes to p again, else as it is.
+func Encode(dst, p []byte) []byte {
+	n := len(dst)
+	w := pairs.Get().(*pair)
+	defer pairs.Put(w)
+	dst = w.enc.EncodeAll(p, append(dst, zst))
+	if len(dst)-n-1 < len(p) {
+		var err error
+		w.buf, err = w.dec.DecodeAll(dst[n+1:], w.buf[:0])
+		if err == nil && bytes.Equal(w.buf, p) {
+			return dst
+		}
+	}
+	return EncodePlain(dst[:n], p)
+}
+
+// EncodePlain appends the codec byte for plain content and p: for what does
+// not shrink.
+func EncodePlain(dst, p []byte) []byte {
+	return append(append(dst, plain), p...)
+}
+
+// Decode appends the content of p to dst, at most max bytes of it.
+func Decode(dst, p []byte, max int) ([]byte, error) {
+	if len(p) == 0 {
+		return dst, fmt.Errorf("%w: empty", ErrCodec)
+	}
+	switch p[0] {
+	case plain:
+		if len(p)-1 > max {
+			return dst, fmt.Errorf("%w: %d bytes, at most %d expected", ErrCodec, len(p)-1, max)
+		}
+		return append(dst, p[1:]...), nil
+	case zst:
+		var h zstd.Header
+		if err := h.Decode(p[1:]); err != nil {
+			return dst, fmt.Errorf("%w: %w", ErrCodec, err)
+		}
+		if !h.HasFCS || h.FrameContentSize > uint64(max) {
+			return dst, fmt.Errorf("%w: frame of %d bytes, at most %d expected", ErrCodec, h.FrameContentSize, max)
+		}
+		n := len(dst)
+		out, err := decoders().DecodeAll(p[1:], dst)
+		if err != nil {
+			return dst, fmt.Errorf("%w: %w", ErrCodec, err)
+		}
+		if len(out)-n > max { // a second frame behind the first
+			return dst, fmt.Errorf("%w: more than one frame", ErrCodec)
+		}
+		return out, nil
+	}
+	return dst, fmt.Errorf("%w: codec %d", ErrCodec, p[0])
+}

@@ -1,0 +1,331 @@
+package index
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+)
+
+// Pack is a pack as an index object lists it.
+type Pack struct {
+	Name  [32]byte // SHA-256
+	Size  int64    // stored bytes
+	Kind  uint16
+	Items []Item
+}
+
+// Item is one item of a Pack, in its order.
+type Item struct {
+	ID     pack.ID
+	Stored uint32 // sealed length, bytes
+}
+
+// Marshal gives the content of an index object (docs/format.md §5).
+func Marshal(packs []Pack) []byte {
+	var p []byte
+	for _, k := range packs {
+		p = binary.LittleEndian.AppendUint32(p, uint32(len(k.Items)))
+		for _, it := range k.Items {
+			p = append(p, it.ID[:]...)
+			p = binary.LittleEndian.AppendUint32(p, it.Stored)
+		}
+	}
+	return p
+}
+
+// Unmarshal fills in the items of packs whose names and sizes are known.
+func Unmarshal(p []byte, packs []Pack) error {
+	for i := range packs {
+		if len(p) < 4 {
+			return fmt.Errorf("%w: index object ends before pack %d", seal.ErrDamaged, i)
+		}
+		n := binary.LittleEndian.Uint32(p)
+		if p = p[4:]; uint64(n)*36 > uint64(len(p)) || n > pack.MaxItems {
+			return fmt.Errorf("%w: index object: %d items of pack %d", seal.ErrDamaged, n, i)
+		}
+		items := make([]Item, n)
+		off := int64(seal.HeaderLen)
+		for j := range items {
+			items[j] = Item{pack.ID(p[:32]), binary.LittleEndian.Uint32(p[32:])}
+			if off += int64(items[j].Stored); off > packs[i].Size || items[j].Stored <= seal.TagLen {
+				return fmt.Errorf("%w: index object: item %d of pack %d", seal.ErrDamaged, j, i)
+			}
+			p = p[36:]
+		}
+		packs[i].Items = items
+	}
+	if len(p) != 0 {
+		return fmt.Errorf("%w: %d bytes behind the index object's items", seal.ErrDamaged, len(p))
+	}
+	return nil
+}
+
+// Index answers where chunks lie. Its methods are safe in parallel.
+type Index struct {
+	dir string
+
+	adding sync.Mutex // held by Add from end to end; taken before mu
+
+	mu       sync.RWMutex // guards segments; lookups hold it for reading
+	segments []*segment   // largest first
+	retired  []*segment   // merged away, unmapped at Close since lookups may be under way
+}
+
+// Open reads the cache directory, making it if need be. Segments that name a
+// source outside live are deleted.
+func Open(dir string, live func(source [32]byte) bool) (*Index, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	names, err := filepath.Glob(filepath.Join(dir, "*.segment"))
+	if err != nil {
+		return nil, err
+	}
+	x := &Index{dir: dir}
+	var found []*segment
+	for _, name := range names {
+		s, err := openSegment(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // another process merged it away
+		} else if errors.Is(err, ErrCache) {
+			os.Remove(name)
+			continue
+		} else if err != nil {
+			return nil, errors.Join(err, x.Close())
+		}
+		found = append(found, s)
+	}
+	slices.SortFunc(found, func(a, b *segment) int { return len(b.sources) - len(a.sources) })
+	have := map[[32]byte]bool{}
+	for _, s := range found {
+		use := true
+		for _, src := range s.sources {
+			use = use && live(src) && !have[src]
+		}
+		if !use {
+			os.Remove(s.path) // may be in use by another process, which keeps its mapping
+			if err := s.unmap(); err != nil {
+				return nil, errors.Join(err, x.Close())
+			}
+			continue
+		}
+		for _, src := range s.sources {
+			have[src] = true
+		}
+		x.segments = append(x.segments, s)
+	}
+	x.sort()
+	return x, nil
+}
+
+func (x *Index) sort() {
+	slices.SortFunc(x.segments, func(a, b *segment) int { return int(b.items - a.items) })
+}
+
+// Has reports whether an index object's items are in.
+func (x *Index) Has(source [32]byte) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	for _, s := range x.segments {
+		if slices.Contains(s.sources, source) {
+			return true
+		}
+	}
+	return false
+}
+
+// Lookup appends to places everywhere that id lies.
+func (x *Index) Lookup(id pack.ID, places []Place) ([]Place, error) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	for _, s := range x.segments {
+		var err error
+		if places, err = s.lookup(id, places); err != nil {
+			return places, err
+		}
+	}
+	return places, nil
+}
+
+// Add takes the items of an index object in, and merges small segments.
+func (x *Index) Add(source [32]byte, packs []Pack) error {
+	x.adding.Lock()
+	defer x.adding.Unlock()
+	if x.Has(source) {
+		return nil
+	}
+	var items []item
+	names := make([][32]byte, len(packs))
+	for i, k := range packs {
+		names[i] = k.Name
+		off := uint32(seal.HeaderLen)
+		for j, it := range k.Items {
+			items = append(items, item{it.ID, uint32(i), uint32(j), off, it.Stored})
+			off += it.Stored
+		}
+	}
+	slices.SortFunc(items, func(a, b item) int { return bytes.Compare(a.id[:], b.id[:]) })
+	w, err := newSegmentWriter(x.dir)
+	if err != nil {
+		return err
+	}
+	for _, it := range items {
+		w.add(it)
+	}
+	return x.install(w, names, [][32]byte{source}, nil)
+}
+
+// install finishes a segment and puts it in the place of old ones.
+func (x *Index) install(w *segmentWriter, packs, sources [][32]byte, old []*segment) error {
+	path, err := w.finish(packs, sources)
+	if err != nil {
+		return err
+	}
+	s, err := openSegment(path)
+	if err != nil {
+		return err
+	}
+	x.mu.Lock()
+	x.segments = slices.DeleteFunc(x.segments, func(s *segment) bool { return slices.Contains(old, s) })
+	x.segments = append(x.segments, s)
+	x.retired = append(x.retired, old...)
+	x.sort()
+	pair := x.mergeable()
+	x.mu.Unlock()
+	for _, o := range old {
+		os.Remove(o.path) // at worst it is found again and removed at the next Open
+	}
+	if pair != nil {
+		return x.merge(pair[0], pair[1])
+	}
+	return nil
+}
+
+// mergeable picks two neighbours in size of which the larger has less than
+// three times the smaller's items: so there are some ten segments at most.
+func (x *Index) mergeable() []*segment {
+	for i := len(x.segments) - 1; i > 0; i-- {
+		if x.segments[i-1].items < 3*x.segments[i].items {
+			return slices.Clone(x.segments[i-1 : i+1])
+		}
+	}
+	return nil
+}
+
+func (x *Index) merge(a, b *segment) error {
+	w, err := newSegmentWriter(x.dir)
+	if err != nil {
+		return err
+	}
+	packs := make([][32]byte, 0, (len(a.packs)+len(b.packs))/32)
+	for _, s := range []*segment{a, b} {
+		for i := range uint32(len(s.packs) / 32) {
+			packs = append(packs, s.packName(i))
+		}
+	}
+	if err := mergeInto(w, a, b); err != nil {
+		return errors.Join(err, w.abort())
+	}
+	return x.install(w, packs, slices.Concat(a.sources, b.sources), []*segment{a, b})
+}
+
+// mergeInto writes both segments' items in order; b's packs come after a's.
+func mergeInto(w *segmentWriter, a, b *segment) error {
+	shift := uint32(len(a.packs) / 32)
+	var err error
+	ia := newCursor(a)
+	ib := newCursor(b)
+	for ia.ok || ib.ok {
+		if !ib.ok || ia.ok && bytes.Compare(ia.it.id[:], ib.it.id[:]) <= 0 {
+			w.add(ia.it)
+			err = ia.next()
+		} else {
+			it := ib.it
+			it.pack += shift
+			w.add(it)
+			err = ib.next()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return errors.Join(ia.err, ib.err)
+}
+
+// cursor walks a segment's items.
+type cursor struct {
+	s    *segment
+	page int64
+	rest []byte
+	it   item
+	ok   bool
+	err  error
+}
+
+func newCursor(s *segment) *cursor {
+	c := &cursor{s: s}
+	c.err = c.next()
+	return c
+}
+
+func (c *cursor) next() error {
+	if len(c.rest) == 0 {
+		if c.page == c.s.pages {
+			c.ok = false
+			return nil
+		}
+		p, err := c.s.page(c.page)
+		if err != nil {
+			c.ok = false
+			return err
+		}
+		c.rest = p
+		c.page++
+	}
+	c.it, c.ok = parseItem(c.rest), true
+	c.rest = c.rest[itemLen:]
+	return nil
+}
+
+// Items is how many items the index holds, copies counted.
+func (x *Index) Items() int64 {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	var n int64
+	for _, s := range x.segments {
+		n += s.items
+	}
+	return n
+}
+
+// Close unmaps everything. No lookup may be under way.
+func (x *Index) Close() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var err error
+	for _, s := range slices.Concat(x.segments, x.retired) {
+		err = errors.Join(err, s.unmap())
+	}
+	x.segments, x.retired = nil, nil
+	return err
+}
+
+// nameOf names a segment by its sources.
+func nameOf(sources [][32]byte) []byte {
+	sorted := slices.Clone(sources)
+	slices.SortFunc(sorted, func(a, b [32]byte) int { return bytes.Compare(a[:], b[:]) })
+	h := sha256.New()
+	for _, s := range sorted {
+		h.Write(s[:])
+	}
+	return h.Sum(nil)[:16]
+}

@@ -1,0 +1,151 @@
+package repo
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+	"holdfast/internal/repo/internal/tree"
+)
+
+func packName(d [32]byte) string {
+	h := hex.EncodeToString(d[:])
+	return "packs/" + h[:2] + "/" + h
+}
+
+// openerCache keeps packs' openers, so that a pack's header is read once.
+type openerCache struct {
+	lru lru[[32]byte, *pack.Opener]
+}
+
+// opener reads a pack's header.
+func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) {
+	return r.openers.lru.get(ctx, name, func() (*pack.Opener, error) {
+		p, err := r.get(ctx, packName(name), 0, seal.HeaderLen)
+		if err != nil {
+			return nil, err
+		}
+		h, master, err := r.packHeader(p)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", packName(name), err)
+		}
+		return pack.NewOpener(p, h, master), nil
+	})
+}
+
+func (r *Repo) packHeader(p []byte) (seal.Header, *seal.Key, error) {
+	h, err := seal.ParseHeader(p, seal.Pack)
+	if err != nil {
+		return h, nil, err
+	}
+	if h.Repo != r.id {
+		return h, nil, fmt.Errorf("%w: %w", ErrDamaged, seal.ErrForeign)
+	}
+	master, err := r.ring.Master(h.Key)
+	return h, master, err
+}
+
+// get reads from an object that must be there: that it is missing or shorter
+// is damage.
+func (r *Repo) get(ctx context.Context, name string, off, n int64) ([]byte, error) {
+	p, err := r.store.Get(ctx, name, off, n)
+	if errors.Is(err, blob.ErrNotExist) || errors.Is(err, blob.ErrTruncated) {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return p, err
+}
+
+// places gives everywhere that an item lies, without copies known to be bad.
+func (r *Repo) places(id pack.ID) ([]index.Place, error) {
+	all, err := r.index.Lookup(id, nil)
+	if err != nil {
+		return nil, err
+	}
+	s := r.current()
+	if len(s.bad) == 0 {
+		return all, nil
+	}
+	good := all[:0]
+	for _, p := range all {
+		if !s.bad[badKey{p.Pack, id}] {
+			good = append(good, p)
+		}
+	}
+	return good, nil
+}
+
+// present reports whether an item need not be stored again.
+func (r *Repo) present(id pack.ID) (bool, error) {
+	all, err := r.places(id)
+	if err != nil {
+		return false, err
+	}
+	s := r.current()
+	for _, p := range all {
+		if !s.quarantine[p.Pack] {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// item reads one item and appends its content to dst, at most max bytes: from
+// any copy that opens. A copy is read twice before it is called bad.
+func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
+	places, err := r.places(id)
+	if err != nil {
+		return dst, err
+	}
+	if len(places) == 0 {
+		return dst, fmt.Errorf("%w: chunk %x is in no pack; run check", ErrDamaged, id[:8])
+	}
+	n := len(dst)
+	for _, p := range places {
+		for range 2 {
+			if dst, err = r.open(ctx, dst[:n], p, id, max); err == nil || !errors.Is(err, ErrDamaged) {
+				return dst, err
+			}
+		}
+	}
+	return dst[:n], err
+}
+
+// open reads the copy of an item at one place.
+func (r *Repo) open(ctx context.Context, dst []byte, at index.Place, id pack.ID, max int) ([]byte, error) {
+	o, err := r.opener(ctx, at.Pack)
+	if err != nil {
+		return dst, err
+	}
+	p, err := r.get(ctx, packName(at.Pack), int64(at.Offset), int64(at.Stored))
+	if err != nil {
+		return dst, err
+	}
+	if dst, err = o.Open(dst, p, int(at.Number), id, max); err != nil {
+		return dst, fmt.Errorf("%s: %w", packName(at.Pack), err)
+	}
+	return dst, nil
+}
+
+// node fetches a map node through the cache.
+func (r *Repo) node(ctx context.Context, id tree.ID, level int) (*tree.Node, error) {
+	n, err := r.nodes.get(ctx, id, func() (*tree.Node, error) {
+		p, err := r.item(ctx, nil, id, tree.MaxNode)
+		if err != nil {
+			return nil, err
+		}
+		n, err := tree.Unmarshal(p, level)
+		if err != nil {
+			return nil, fmt.Errorf("%w: node %x: %w", ErrDamaged, id[:8], err)
+		}
+		return n, nil
+	})
+	if err == nil && n.Level != level {
+		return nil, fmt.Errorf("%w: node %x is of level %d, %d wanted", ErrDamaged, id[:8], n.Level, level)
+	}
+	return n, err
+}

@@ -1,0 +1,66 @@
+package repo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/seal"
+)
+
+// Pin keeps a point's data until Unpin, whatever is forgotten or pruned. It is
+// durable when Pin returns; the point is looked for after that, so a prune
+// beside it cannot have missed the pin. Pinning twice is no error.
+// session is at most 64 lower-case hex digits.
+func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
+	name := fmt.Sprintf("pins/%s.%s", session, id)
+	host, _ := os.Hostname()
+	p, err := json.Marshal(map[string]any{"session": session, "point": id, "host": host})
+	if err != nil {
+		return err
+	}
+	number, master := r.ring.Newest()
+	err = putSealed(ctx, r.store, name, seal.NewHeader(seal.Pin, 0, number, r.id), struct{}{}, p, master, "pin")
+	if err != nil && !errors.Is(err, blob.ErrExist) {
+		return fmt.Errorf("pin %s: %w", id, err)
+	}
+	if err := r.refresh(ctx); err != nil {
+		return err
+	}
+	if _, ok := r.current().points[id]; !ok {
+		return errors.Join(fmt.Errorf("pin %s: %w", id, ErrNotExist), r.store.Delete(ctx, name))
+	}
+	return nil
+}
+
+// Unpin removes a session's pins. None is no error.
+func (r *Repo) Unpin(ctx context.Context, session string) error {
+	names, err := listNames(ctx, r.store, "pins/"+session+".")
+	for _, name := range names {
+		if delErr := r.store.Delete(ctx, name); !errors.Is(delErr, blob.ErrNotExist) {
+			err = errors.Join(err, delErr)
+		}
+	}
+	return err
+}
+
+// Pins gives the sessions that pin a point, by point.
+func (r *Repo) Pins(ctx context.Context) (map[PointID][]string, error) {
+	names, err := listNames(ctx, r.store, "pins/")
+	if err != nil {
+		return nil, err
+	}
+	pins := map[PointID][]string{}
+	for _, name := range names {
+		session, point, ok := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
+		if !ok {
+			return nil, fmt.Errorf("%s: %w: not a pin's name", name, ErrDamaged)
+		}
+		pins[PointID(point)] = append(pins[PointID(point)], session)
+	}
+	return pins, nil
+}

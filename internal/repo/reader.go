@@ -1,0 +1,337 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"holdfast/internal/disk"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/tree"
+)
+
+const (
+	// cachedRead is the longest read that goes through the chunk cache, bytes:
+	// a guest's reads do, a copy's would only flush it.
+	cachedRead = 4 * ChunkSize
+	// maxFetch bounds one request to the store, bytes.
+	maxFetch = 4 << 20
+)
+
+// DiskReader is a restore point's disk, read-only. It implements disk.Reader
+// and is safe in parallel.
+type DiskReader struct {
+	r    *Repo
+	root tree.Root
+	size int64
+}
+
+// OpenDisk opens a restore point's disk. It reads the map's top node, so that
+// a map that is gone is found at once.
+func (r *Repo) OpenDisk(ctx context.Context, d Disk) (*DiskReader, error) {
+	if d.Size < 0 {
+		return nil, fmt.Errorf("disk %s: %w: size %d", d.ID, ErrDamaged, d.Size)
+	}
+	root, err := tree.ParseRoot(string(d.Root), d.Size)
+	if err != nil {
+		return nil, fmt.Errorf("disk %s: %w: %w", d.ID, ErrDamaged, err)
+	}
+	if root.ID != (tree.ID{}) {
+		if _, err := r.node(ctx, root.ID, root.Levels-1); err != nil {
+			return nil, fmt.Errorf("disk %s: %w", d.ID, err)
+		}
+	}
+	return &DiskReader{r, root, d.Size}, nil
+}
+
+// Size is the disk's length in bytes.
+func (d *DiskReader) Size() int64 { return d.size }
+
+// Close has nothing to release.
+func (d *DiskReader) Close() error { return nil }
+
+// chunkRange gives the chunks that [off, off+n) touches.
+func chunkRange(off, n int64) (first, count int64) {
+	first = off / ChunkSize
+	return first, (off+n+ChunkSize-1)/ChunkSize - first
+}
+
+// ReadAt fills p with the bytes at off.
+func (d *DiskReader) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if err := disk.CheckRange(d.size, off, int64(len(p))); err != nil {
+		return err
+	}
+	for len(p) > 0 {
+		n := min(len(p), maxFetch)
+		if err := d.read(ctx, p[:n], off); err != nil {
+			return fmt.Errorf("read [%d, +%d): %w", off, n, err)
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return ctx.Err()
+}
+
+func (d *DiskReader) read(ctx context.Context, p []byte, off int64) error {
+	first, count := chunkRange(off, int64(len(p)))
+	ids := make([]pack.ID, count)
+	if err := tree.Lookup(ctx, d.r.node, d.root, first, ids); err != nil {
+		return err
+	}
+	if len(p) <= cachedRead {
+		return d.readCached(ctx, p, off, first, ids)
+	}
+	for len(ids) > 0 {
+		n, err := d.readRun(ctx, p, off, first, ids)
+		if err != nil {
+			return err
+		}
+		first, ids = first+int64(n), ids[n:]
+	}
+	return nil
+}
+
+// part gives the piece of p, which lies at off, that chunk i fills, and where
+// in the chunk that piece starts.
+func part(p []byte, off, i int64) (piece []byte, from int) {
+	start := i*ChunkSize - off // in p; negative when the chunk starts before it
+	from = int(max(0, -start))
+	return p[max(0, start):min(int64(len(p)), start+ChunkSize)], from
+}
+
+func (d *DiskReader) readCached(ctx context.Context, p []byte, off, first int64, ids []pack.ID) error {
+	for k, id := range ids {
+		piece, from := part(p, off, first+int64(k))
+		if id == (pack.ID{}) {
+			clear(piece)
+			continue
+		}
+		chunk, err := d.r.chunks.get(ctx, id, func() ([]byte, error) {
+			return d.chunk(ctx, make([]byte, 0, ChunkSize), id)
+		})
+		if err != nil {
+			return err
+		}
+		copy(piece, chunk[from:])
+	}
+	return nil
+}
+
+// chunk reads one whole chunk.
+func (d *DiskReader) chunk(ctx context.Context, dst []byte, id pack.ID) ([]byte, error) {
+	n := len(dst)
+	dst, err := d.r.item(ctx, dst, id, ChunkSize)
+	if err == nil && len(dst)-n != ChunkSize {
+		err = fmt.Errorf("%w: chunk %x has %d bytes", ErrDamaged, id[:8], len(dst)-n)
+	}
+	return dst, err
+}
+
+// readRun reads the chunks at the front of ids that are zeros, or that lie one
+// after another in one pack, with one request. It says how many it took.
+func (d *DiskReader) readRun(ctx context.Context, p []byte, off, first int64, ids []pack.ID) (int, error) {
+	if ids[0] == (pack.ID{}) {
+		piece, _ := part(p, off, first)
+		clear(piece)
+		return 1, nil
+	}
+	run, err := d.neighbours(ids)
+	if err != nil {
+		return 0, err
+	}
+	if len(run) == 0 {
+		return 0, fmt.Errorf("%w: chunk %x is in no pack; run check", ErrDamaged, ids[0][:8])
+	}
+	stored, err := d.fetchRun(ctx, run)
+	if err != nil && !errors.Is(err, ErrDamaged) {
+		return 0, err
+	}
+	var o *pack.Opener
+	if err == nil {
+		if o, err = d.r.opener(ctx, run[0].Pack); err != nil && !errors.Is(err, ErrDamaged) {
+			return 0, err
+		}
+	}
+	var scratch []byte
+	for k, at := range run {
+		piece, from := part(p, off, first+int64(k))
+		whole := len(piece) == ChunkSize
+		dst := piece[:0]
+		if !whole {
+			if scratch == nil {
+				scratch = make([]byte, 0, ChunkSize)
+			}
+			dst = scratch
+		}
+		content, ok := dst, false
+		if err == nil {
+			var openErr error
+			content, openErr = o.Open(dst, stored[at.Offset-run[0].Offset:][:at.Stored], int(at.Number), ids[k], ChunkSize)
+			ok = openErr == nil && len(content) == ChunkSize
+		}
+		if !ok { // once more on its own, from any copy
+			if content, err = d.chunk(ctx, dst, ids[k]); err != nil {
+				return 0, err
+			}
+			err = errRunBad
+		}
+		if !whole || &content[0] != &piece[0] {
+			copy(piece, content[from:])
+		}
+	}
+	return len(run), nil
+}
+
+// errRunBad sends the rest of a run that could not be read or opened at once
+// through single reads.
+var errRunBad = fmt.Errorf("%w: run of chunks", ErrDamaged)
+
+// neighbours gives the places of the chunks at the front of ids that lie one
+// after another in one pack.
+func (d *DiskReader) neighbours(ids []pack.ID) ([]index.Place, error) {
+	var run []index.Place
+	for _, id := range ids {
+		if id == (pack.ID{}) {
+			break
+		}
+		places, err := d.r.places(id)
+		if err != nil {
+			return nil, err
+		}
+		if len(run) == 0 {
+			if len(places) == 0 {
+				return nil, nil
+			}
+			run = append(run, places[0])
+			continue
+		}
+		last := run[len(run)-1]
+		next := -1
+		for i, p := range places {
+			if p.Pack == last.Pack && p.Number == last.Number+1 && p.Offset == last.Offset+last.Stored {
+				next = i
+			}
+		}
+		if next < 0 {
+			break
+		}
+		run = append(run, places[next])
+	}
+	return run, nil
+}
+
+func (d *DiskReader) fetchRun(ctx context.Context, run []index.Place) ([]byte, error) {
+	last := run[len(run)-1]
+	return d.r.get(ctx, packName(run[0].Pack), int64(run[0].Offset), int64(last.Offset+last.Stored-run[0].Offset))
+}
+
+// Extents covers [off, off+n): zero where the map has nothing.
+func (d *DiskReader) Extents(ctx context.Context, off, n int64) disk.Extents {
+	return func(yield func(disk.Extent, error) bool) {
+		if err := disk.CheckRange(d.size, off, n); err != nil {
+			yield(disk.Extent{}, err)
+			return
+		}
+		first, count := chunkRange(off, n)
+		var data disk.Extent // the last one found, not yet yielded since it may grow
+		at, end := off, off+n
+		flush := func() bool {
+			if data.Len == 0 {
+				return true
+			}
+			gap := disk.Extent{Off: at, Len: data.Off - at, Zero: true}
+			at = data.End()
+			return (gap.Len == 0 || yield(gap, nil)) && yield(data, nil)
+		}
+		stopped := false
+		err := tree.Present(ctx, d.r.node, d.root, first, first+count, func(from, to int64) bool {
+			a, b := max(off, from*ChunkSize), min(end, to*ChunkSize)
+			if data.Len > 0 && data.End() == a {
+				data.Len += b - a
+				return true
+			}
+			stopped = !flush()
+			data = disk.Extent{Off: a, Len: b - a}
+			return !stopped
+		})
+		switch {
+		case stopped:
+		case err != nil:
+			yield(disk.Extent{}, err)
+		case flush() && at < end:
+			yield(disk.Extent{Off: at, Len: end - at, Zero: true}, nil)
+		}
+	}
+}
+
+// Matches reports whether p, at off, is what the disk holds, by comparing
+// chunk ids: nothing but the map is fetched. off is a multiple of ChunkSize,
+// and so is len(p) but at the disk's end.
+func (d *DiskReader) Matches(ctx context.Context, p []byte, off int64) (bool, error) {
+	if err := checkAligned(d.size, off, int64(len(p))); err != nil {
+		return false, err
+	}
+	first, count := chunkRange(off, int64(len(p)))
+	ids := make([]pack.ID, count)
+	if err := tree.Lookup(ctx, d.r.node, d.root, first, ids); err != nil {
+		return false, err
+	}
+	for k, id := range ids {
+		if d.r.contentID(p[k*ChunkSize:min(len(p), (k+1)*ChunkSize)]) != id {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// Missing yields extents whose chunks have no good copy in the repository any
+// more: they must be read and stored again. Without known damage it yields
+// nothing at once.
+func (d *DiskReader) Missing(ctx context.Context) disk.Extents {
+	return func(yield func(disk.Extent, error) bool) {
+		if len(d.r.current().bad) == 0 {
+			return
+		}
+		stopped := false
+		err := tree.Walk(ctx, d.r.node, d.root, func(tree.ID) bool { return !stopped }, func(n *tree.Node, first int64) error {
+			for i, id := range n.Children {
+				if id == (pack.ID{}) || stopped {
+					continue
+				}
+				if ok, err := d.r.present(id); err != nil {
+					return err
+				} else if !ok {
+					off := (first + int64(i)) * ChunkSize
+					stopped = !yield(disk.Extent{Off: off, Len: min(ChunkSize, d.size-off)}, nil)
+				}
+			}
+			return nil
+		})
+		if err != nil && !stopped {
+			yield(disk.Extent{}, err)
+		}
+	}
+}
+
+// contentID is the id of a chunk, which may be the disk's short last one; the
+// zero id for zeros.
+func (r *Repo) contentID(p []byte) pack.ID {
+	if disk.IsZero(p) {
+		return pack.ID{}
+	}
+	if len(p) < ChunkSize {
+		p = append(make([]byte, 0, ChunkSize), p...)[:ChunkSize]
+	}
+	return r.chunkID(p)
+}
+
+// checkAligned wants a range of whole chunks, the disk's last one excepted.
+func checkAligned(size, off, n int64) error {
+	if err := disk.CheckRange(size, off, n); err != nil {
+		return err
+	}
+	if off%ChunkSize != 0 || n%ChunkSize != 0 && off+n != size {
+		return fmt.Errorf("range [%d, +%d) does not fall on chunks", off, n)
+	}
+	return nil
+}

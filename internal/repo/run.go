@@ -1,0 +1,347 @@
+package repo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+	"holdfast/internal/repo/internal/tree"
+)
+
+const (
+	beatEvery = time.Minute
+	// storingPacks is how many packs are sealed and stored at once.
+	storingPacks = 2
+	// announceItems is how many items a run stores before it shares them with
+	// others and its own next try: 16 GiB of disk. It also bounds the run's memory.
+	announceItems = 1 << 18
+	// indexItems bounds one index object (docs/format.md §5).
+	indexItems = 1 << 19
+	// maxFile bounds a piece of configuration, bytes.
+	maxFile = 64 << 20
+)
+
+// Run writes one or more disks and commits one restore point. Its methods may
+// run in parallel, but for Commit and Close.
+type Run struct {
+	r     *Repo
+	lease string
+	ctx   context.Context // of the background work; cancelled with the cause of a failure
+	fail  context.CancelCauseFunc
+	beats sync.WaitGroup
+
+	slots   chan struct{}
+	storing sync.WaitGroup
+	nodes   *packer
+	files   *packer
+
+	announcing sync.Mutex // held while index objects are made; before mu
+
+	mu          sync.Mutex             // guards all below
+	fresh       map[pack.ID]bool       // claimed by this run, not yet in the index
+	freshNodes  map[pack.ID]*tree.Node // nodes among them
+	packs       []index.Pack           // stored, in no index object yet
+	packedItems int                    // items in packs
+	stored      int64                  // bytes in packs stored so far
+	newPlain    int64                  // plain bytes of new chunks
+	shelf       []shelved              // index objects that no entry has added yet
+
+	committed bool
+}
+
+// shelved is an index object that waits for a chain entry.
+type shelved struct {
+	digest [32]byte
+	packs  []index.Pack
+}
+
+// Begin opens a run: it creates a lease, and only then reads what is present
+// (docs/format.md §6.1).
+func (r *Repo) Begin(ctx context.Context) (*Run, error) {
+	lease := RandomID()
+	host, _ := os.Hostname()
+	who, err := json.Marshal(map[string]any{"host": host, "pid": os.Getpid()})
+	if err != nil {
+		return nil, err
+	}
+	number, master := r.ring.Newest()
+	clear := map[string]any{"lease": lease, "chain": r.current().head}
+	err = putSealed(ctx, r.store, "leases/"+lease, seal.NewHeader(seal.Lease, 0, number, r.id), clear, who, master, "lease")
+	if err != nil {
+		return nil, fmt.Errorf("open a lease: %w", err)
+	}
+	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks),
+		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}}
+	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
+	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
+	run.files = &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
+	if err := r.refresh(ctx); err != nil {
+		return nil, errors.Join(err, run.Close())
+	}
+	run.beats.Go(run.beat)
+	return run, nil
+}
+
+// beat shows every minute that the run is alive. A beat that fails is tried
+// again a minute later: whether the lease still holds is decided by the chain.
+func (run *Run) beat() {
+	t := time.NewTicker(beatEvery)
+	defer t.Stop()
+	for n := 1; ; n++ {
+		select {
+		case <-run.ctx.Done():
+			return
+		case <-t.C:
+		}
+		number, master := run.r.ring.Newest()
+		err := putSealed(run.ctx, run.r.store, run.beatName(n), seal.NewHeader(seal.Beat, 0, number, run.r.id),
+			map[string]int{"beat": n}, []byte("{}"), master, "lease")
+		if err == nil && n > 1 {
+			run.r.store.Delete(run.ctx, run.beatName(n-1)) // Close deletes what is left
+		}
+	}
+}
+
+func (run *Run) beatName(n int) string { return fmt.Sprintf("leases/%s.%012d", run.lease, n) }
+
+// failed is why the run can go on no more.
+func (run *Run) failed() error {
+	if run.ctx.Err() != nil {
+		return context.Cause(run.ctx)
+	}
+	return nil
+}
+
+// claim reports whether an item must be stored by the caller: it is neither in
+// the repository nor claimed before in this run.
+func (run *Run) claim(id pack.ID, n *tree.Node) (bool, error) {
+	run.mu.Lock()
+	known := run.fresh[id]
+	run.mu.Unlock()
+	if known {
+		return false, nil
+	}
+	there, err := run.r.present(id)
+	if err != nil || there {
+		return false, err
+	}
+	run.mu.Lock()
+	defer run.mu.Unlock()
+	if run.fresh[id] {
+		return false, nil
+	}
+	run.fresh[id] = true
+	if n != nil {
+		run.freshNodes[id] = n
+	}
+	return true, nil
+}
+
+// fetchNode finds nodes of this run as well as the repository's.
+func (run *Run) fetchNode(ctx context.Context, id tree.ID, level int) (*tree.Node, error) {
+	run.mu.Lock()
+	n := run.freshNodes[id]
+	run.mu.Unlock()
+	if n != nil {
+		return n, nil
+	}
+	return run.r.node(ctx, id, level)
+}
+
+// storeNode names and, if it is new, packs a node.
+func (run *Run) storeNode(ctx context.Context, n *tree.Node) (tree.ID, error) {
+	p := n.Marshal()
+	id := run.r.nodeID(p)
+	kept := *n // the writer goes on with n
+	mine, err := run.claim(id, &kept)
+	if err != nil || !mine {
+		return id, err
+	}
+	// Ids do not shrink, so nodes are not compressed.
+	return id, run.nodes.add(ctx, id, 0, len(p), append([]byte{0}, p...))
+}
+
+// announceSome shares what is stored when it has become much.
+func (run *Run) announceSome(ctx context.Context) error {
+	run.mu.Lock()
+	much := run.packedItems >= announceItems
+	run.mu.Unlock()
+	if !much || !run.announcing.TryLock() {
+		return nil
+	}
+	defer run.announcing.Unlock()
+	if err := run.shelve(ctx); err != nil {
+		return err
+	}
+	return run.announce(ctx)
+}
+
+// shelve writes index objects for the packs stored so far.
+// The caller holds announcing.
+func (run *Run) shelve(ctx context.Context) error {
+	run.mu.Lock()
+	packs := run.packs
+	run.packs, run.packedItems = nil, 0
+	run.mu.Unlock()
+	for len(packs) > 0 {
+		n, items := 0, 0
+		for n < len(packs) && (n == 0 || items+len(packs[n].Items) <= indexItems) {
+			items += len(packs[n].Items)
+			n++
+		}
+		d, err := run.r.putIndex(ctx, packs[:n])
+		if err != nil {
+			run.mu.Lock()
+			run.packs = append(packs, run.packs...)
+			run.mu.Unlock()
+			return fmt.Errorf("write an index object: %w", err)
+		}
+		run.shelf = append(run.shelf, shelved{d, packs[:n]})
+		packs = packs[n:]
+	}
+	return nil
+}
+
+// announce adds the shelved index objects by an entry of their own.
+func (run *Run) announce(ctx context.Context) error {
+	if len(run.shelf) == 0 {
+		return nil
+	}
+	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayCommit); err != nil {
+		return err
+	}
+	run.settle()
+	return nil
+}
+
+func (run *Run) entry() entryClear {
+	c := entryClear{Lease: run.lease}
+	for _, s := range run.shelf {
+		c.Adds = append(c.Adds, s.digest[:])
+	}
+	return c
+}
+
+// mayCommit refuses once the lease is over.
+func (run *Run) mayCommit(s *state) error {
+	if s.over[run.lease] == kindRevoke {
+		return ErrRevoked
+	}
+	return nil
+}
+
+// settle forgets what the index has now.
+func (run *Run) settle() {
+	run.mu.Lock()
+	defer run.mu.Unlock()
+	for _, s := range run.shelf {
+		for _, k := range s.packs {
+			for _, it := range k.Items {
+				delete(run.fresh, it.ID)
+				delete(run.freshNodes, it.ID)
+			}
+		}
+	}
+	run.shelf = nil
+}
+
+// PutFile stores a piece of configuration, at most 64 MiB.
+func (run *Run) PutFile(ctx context.Context, name string, data []byte) (File, error) {
+	if len(data) > maxFile {
+		return File{}, fmt.Errorf("%s: %d bytes are too many for a configuration file", name, len(data))
+	}
+	w, err := run.disk(ctx, nil, int64(len(data)), run.files)
+	if err != nil {
+		return File{}, err
+	}
+	if err := w.WriteAt(ctx, data, 0); err != nil {
+		return File{}, err
+	}
+	root, err := w.w.Finish(ctx)
+	return File{Name: name, Size: int64(len(data)), Root: Root(root.String())}, err
+}
+
+// Flush makes durable all that was written and finished: after it only the
+// commit itself is left to do.
+func (run *Run) Flush(ctx context.Context) error {
+	if err := errors.Join(run.files.flush(ctx), run.nodes.flush(ctx)); err != nil {
+		return err
+	}
+	run.storing.Wait()
+	if err := run.failed(); err != nil {
+		return err
+	}
+	run.announcing.Lock()
+	defer run.announcing.Unlock()
+	return run.shelve(ctx)
+}
+
+// Commit makes the point visible, with all disks that were finished. It sets
+// the point's ID, NewBytes and StoredBytes. When it fails with anything but
+// ErrRevoked, the store was asked and the point does not exist.
+func (run *Run) Commit(ctx context.Context, p *Point) error {
+	if err := run.Flush(ctx); err != nil {
+		return err
+	}
+	run.announcing.Lock()
+	defer run.announcing.Unlock()
+	run.mu.Lock()
+	p.ID, p.NewBytes, p.StoredBytes = PointID(RandomID()), run.newPlain, run.stored
+	run.mu.Unlock()
+	if err := run.r.append(ctx, kindCommit, run.entry(), entrySealed{Point: p}, run.mayCommit); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
+	run.settle()
+	run.committed = true
+	return nil
+}
+
+// Close ends the run and its lease. Without a Commit, what was stored is
+// announced, so that the next run can reuse it.
+func (run *Run) Close() error {
+	alive := run.failed() == nil
+	if !alive || run.committed {
+		run.fail(errClosed)
+	}
+	run.storing.Wait()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(run.ctx), time.Minute)
+	defer cancel()
+	var err error
+	if !run.committed {
+		run.announcing.Lock()
+		if err = run.shelve(ctx); err == nil {
+			err = run.announce(ctx)
+		}
+		run.announcing.Unlock()
+	}
+	run.fail(errClosed)
+	run.beats.Wait()
+	return errors.Join(err, run.endLease(ctx))
+}
+
+var errClosed = errors.New("the run is closed")
+
+// endLease deletes the lease and its beats.
+func (run *Run) endLease(ctx context.Context) error {
+	var err error
+	names, listErr := listNames(ctx, run.r.store, "leases/"+run.lease)
+	for _, name := range names {
+		if strings.TrimPrefix(name, "leases/"+run.lease) == "" {
+			continue // last: a lease without a beat is alive, a beat without a lease is nothing
+		}
+		err = errors.Join(err, run.r.store.Delete(ctx, name))
+	}
+	if delErr := run.r.store.Delete(ctx, "leases/"+run.lease); !errors.Is(delErr, blob.ErrNotExist) {
+		err = errors.Join(err, delErr)
+	}
+	return errors.Join(listErr, err)
+}
