@@ -72,7 +72,7 @@ func noise(rng *rand.Rand, p []byte) {
 
 // save commits a point of one disk. With base only changed chunks are written.
 func save(r *Repo, vm string, content []byte, base *Point, changed []int) (*Point, error) {
-	run, err := r.Begin(ctx)
+	run, err := r.Begin(ctx, RandomID())
 	if err != nil {
 		return nil, err
 	}
@@ -396,7 +396,7 @@ func TestPowerLoss(t *testing.T) {
 			return committed
 		}
 		defer r.Close()
-		run, err := r.Begin(ctx)
+		run, err := r.Begin(ctx, RandomID())
 		if err != nil {
 			return committed
 		}
@@ -452,7 +452,7 @@ func TestOneFault(t *testing.T) {
 			if err != nil {
 				continue
 			}
-			run, err := r.Begin(ctx)
+			run, err := r.Begin(ctx, RandomID())
 			if err == nil {
 				var p *Point
 				if p, err = saveIn(run, "a", content, nil, nil); err == nil {
@@ -685,7 +685,7 @@ func TestMissing(t *testing.T) {
 func TestRevoked(t *testing.T) {
 	store := new(blob.Mem)
 	r := create(t, store)
-	run, err := r.Begin(ctx)
+	run, err := r.Begin(ctx, RandomID())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -736,7 +736,7 @@ func TestUnfinished(t *testing.T) {
 	content := image(rng(t), 20*ChunkSize)
 	store := new(blob.Mem)
 	r := create(t, store)
-	run, err := r.Begin(ctx)
+	run, err := r.Begin(ctx, RandomID())
 	if err != nil {
 		t.Fatal(err)
 	}

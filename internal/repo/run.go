@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
+	"slices"
 	"sync"
 	"time"
 
@@ -64,10 +64,11 @@ type shelved struct {
 	packs  []index.Pack
 }
 
-// Begin opens a run: it creates a lease, and only then reads what is present
+// Begin opens a run: it creates a lease under the session's id, which must be
+// 32 lower-case hex digits and new, and only then reads what is present
 // (docs/format.md §6.1).
-func (r *Repo) Begin(ctx context.Context) (*Run, error) {
-	lease := RandomID()
+func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
+	lease := session
 	host, _ := os.Hostname()
 	who, err := json.Marshal(map[string]any{"host": host, "pid": os.Getpid()})
 	if err != nil {
@@ -331,17 +332,26 @@ func (run *Run) Close() error {
 var errClosed = errors.New("the run is closed")
 
 // endLease deletes the lease and its beats.
-func (run *Run) endLease(ctx context.Context) error {
-	var err error
-	names, listErr := listNames(ctx, run.r.store, "leases/"+run.lease)
-	for _, name := range names {
-		if strings.TrimPrefix(name, "leases/"+run.lease) == "" {
-			continue // last: a lease without a beat is alive, a beat without a lease is nothing
+func (run *Run) endLease(ctx context.Context) error { return run.r.EndLease(ctx, run.lease) }
+
+// LeaseOpen reports whether a session's run is under way, or died without
+// ending its lease, on this machine or another.
+func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
+	names, err := listNames(ctx, r.store, "leases/"+session)
+	return len(names) > 0, err
+}
+
+// EndLease deletes the lease of a session whose process is known to be dead.
+// One already gone is no error.
+func (r *Repo) EndLease(ctx context.Context, session string) error {
+	lease := "leases/" + session
+	names, err := listNames(ctx, r.store, lease)
+	// The lease itself, which sorts first, goes last: a lease without beats is
+	// alive, a beat without its lease is nothing.
+	for _, name := range slices.Backward(names) {
+		if delErr := r.store.Delete(ctx, name); !errors.Is(delErr, blob.ErrNotExist) {
+			err = errors.Join(err, delErr)
 		}
-		err = errors.Join(err, run.r.store.Delete(ctx, name))
 	}
-	if delErr := run.r.store.Delete(ctx, "leases/"+run.lease); !errors.Is(delErr, blob.ErrNotExist) {
-		err = errors.Join(err, delErr)
-	}
-	return errors.Join(listErr, err)
+	return err
 }
