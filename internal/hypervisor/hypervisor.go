@@ -115,6 +115,9 @@ var (
 	ErrNoReference = errors.New("no change tracking")
 	// ErrNotExist means that there is no such VM or disk.
 	ErrNotExist = errors.New("no such VM")
+	// ErrChanged means that disks were written while they were read: what was
+	// read is no restore point.
+	ErrChanged = errors.New("the disks changed while they were read")
 	// ErrExist means that a name is taken on the host.
 	ErrExist = errors.New("name is taken")
 )

@@ -65,7 +65,7 @@ type shelved struct {
 }
 
 // Begin opens a run: it creates a lease under the session's id, which must be
-// 32 lower-case hex digits and new, and only then reads what is present
+// 16 to 64 lower-case hex digits and new, and only then reads what is present
 // (docs/format.md §6.1).
 func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
 	lease := session
