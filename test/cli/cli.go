@@ -208,3 +208,17 @@ func (t *Tool) Processes() ([]int, error) {
 	}
 	return pids, nil
 }
+
+// Find returns the session that runs the VM of that name.
+func (t *Tool) Find(ctx context.Context, vm string) (Session, error) {
+	var all []Session
+	if _, err := t.JSON(ctx, &all, "sessions"); err != nil {
+		return Session{}, err
+	}
+	for _, s := range all {
+		if s.VM == vm {
+			return s, nil
+		}
+	}
+	return Session{}, fmt.Errorf("no session runs %q: %+v", vm, all)
+}

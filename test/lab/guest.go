@@ -19,6 +19,9 @@ type Options struct {
 	Name   string // "" makes one up
 	Format string // of the system disk: "qcow2" (the default) or "raw"
 	Disks  []Disk // empty data disks: vdb, vdc, ...
+	// Blank gives an empty system disk of 1 GiB: nothing boots, and the agent's
+	// channel has nobody behind it.
+	Blank bool
 	// NoAgent leaves out the agent's channel.
 	NoAgent bool
 	// Keep lets the guest outlive this process, until it is removed by name.
@@ -65,13 +68,19 @@ func (g *Guest) make(ctx context.Context, o Options) error {
 	if o.Format == "" {
 		o.Format = "qcow2"
 	}
-	image, err := Image(o.Format)
-	if err != nil {
-		return err
-	}
 	vda := filepath.Join(g.Dir, "vda."+o.Format)
-	if err := run(ctx, "cp", "--reflink=auto", "--sparse=always", image, vda); err != nil {
-		return err
+	if o.Blank {
+		if err := run(ctx, "qemu-img", "create", "-q", "-f", o.Format, vda, "1G"); err != nil {
+			return err
+		}
+	} else {
+		image, err := Image(o.Format)
+		if err != nil {
+			return err
+		}
+		if err := run(ctx, "cp", "--reflink=auto", "--sparse=always", image, vda); err != nil {
+			return err
+		}
 	}
 	g.Disks = append(g.Disks, vda)
 	formats := []string{o.Format}

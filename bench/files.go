@@ -1,0 +1,130 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// pick returns directories and files below root that hold at most budget bytes
+// together: whole ones where they fit, else what is in them.
+func pick(root string, budget int64) ([]string, error) {
+	var picked []string
+	var walk func(dir string) error
+	walk = func(dir string) error {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			path := filepath.Join(dir, e.Name())
+			n, err := usage(path)
+			if err != nil {
+				return err
+			}
+			switch {
+			case n <= budget:
+				picked, budget = append(picked, path), budget-n
+			case e.IsDir():
+				if err := walk(path); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	err := walk(root)
+	return picked, err
+}
+
+// usage returns how many bytes a tree takes on its disk.
+func usage(root string) (int64, error) {
+	var n int64
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		n += fi.Sys().(*syscall.Stat_t).Blocks * 512
+		return nil
+	})
+	return n, err
+}
+
+// warm reads a file, so that it is in the page cache as far as it fits.
+func warm(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(io.Discard, f)
+	return err
+}
+
+// syncAll makes everything on dir's filesystem durable.
+func syncAll(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.Syncfs(int(f.Fd()))
+}
+
+// same compares the disk with the one file in dir.
+func same(ctx context.Context, disk, dir string) error {
+	names, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		return err
+	}
+	if len(names) != 1 {
+		return fmt.Errorf("restore made %v, not one file", names)
+	}
+	return command(ctx, "cmp", disk, names[0])
+}
+
+func command(ctx context.Context, name string, args ...string) error {
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+var errNoFact = errors.New("not told")
+
+// fact returns the first line of a command's output, or of a file, that holds
+// the text.
+func fact(text string, source ...string) string {
+	var b []byte
+	err := errNoFact
+	if len(source) == 1 {
+		b, err = os.ReadFile(source[0])
+	} else {
+		b, err = exec.Command(source[0], source[1:]...).CombinedOutput()
+	}
+	if err != nil {
+		return err.Error()
+	}
+	for line := range strings.Lines(string(b)) {
+		if strings.Contains(line, text) {
+			return strings.Join(strings.Fields(line), " ")
+		}
+	}
+	return errNoFact.Error()
+}
