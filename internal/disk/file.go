@@ -63,7 +63,7 @@ func CreateFile(path string, size int64) (*File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create disk file: %w", err)
 	}
-	err = sparse(f)
+	err = MarkSparse(f)
 	if err == nil {
 		err = f.Truncate(size)
 	}

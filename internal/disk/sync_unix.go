@@ -18,5 +18,6 @@ func SyncDir(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// sparse prepares a new file for holes: nothing to do here.
-func sparse(*os.File) error { return nil }
+// MarkSparse prepares a new file for holes, where that must be asked for: on
+// Windows only.
+func MarkSparse(*os.File) error { return nil }

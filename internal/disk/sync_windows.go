@@ -11,10 +11,10 @@ import (
 // directory cannot be opened for it.
 func SyncDir(string) error { return nil }
 
-// sparse marks a new file so that what was never written takes no storage.
+// MarkSparse marks a new file so that what was never written takes no storage.
 // FSCTL_SET_SPARSE, [MS-FSCC] 2.3.67. A filesystem without sparse files
 // (FAT) refuses it, which costs space and nothing else.
-func sparse(f *os.File) error {
+func MarkSparse(f *os.File) error {
 	var n uint32
 	_ = windows.DeviceIoControl(windows.Handle(f.Fd()), windows.FSCTL_SET_SPARSE, nil, 0, nil, 0, &n, nil)
 	return nil
