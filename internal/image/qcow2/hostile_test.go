@@ -28,12 +28,18 @@ type small struct {
 
 func newSmall(t testing.TB) *small {
 	t.Helper()
+	return newImage(t, 8<<20, 300<<10, 64<<10)
+}
+
+// newImage is an image with n bytes of data from its second cluster on.
+func newImage(t testing.TB, size, n, cluster int64) *small {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "a.qcow2")
-	w, err := Create(path, 8<<20, Options{})
+	w, err := Create(path, size, Options{ClusterSize: cluster})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := w.WriteAt(t.Context(), bytes.Repeat([]byte{7}, 300<<10), 64<<10); err != nil {
+	if err := w.WriteAt(t.Context(), bytes.Repeat([]byte{7}, int(n)), cluster); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.Close(); err != nil {
@@ -147,6 +153,7 @@ func TestHostileImages(t *testing.T) {
 		"subcluster both data and zeros":    {func(s *small) { s.b[79] |= bitExtendedL2; s.put64(s.l2, uint64(s.data)); s.put64(s.l2+8, 1<<32|1) }, "both", image.ErrFormat},
 		"subclusters of no cluster":         {func(s *small) { s.b[79] |= bitExtendedL2; s.put64(s.l2, 0); s.put64(s.l2+8, 1) }, "has none", image.ErrFormat},
 		"data file, cluster elsewhere":      {func(s *small) { s.dataFile("d") }, "external data file", image.ErrFormat},
+		"data file too short":               {func(s *small) { s.dataFile("d"); s.put64(s.l2, 0); s.fillL2(5 << 20) }, "truncated", image.ErrFormat},
 		"data file, compressed":             {func(s *small) { s.dataFile("d"); s.put64(s.l2, flagCompressed|1<<20) }, "compressed", image.ErrFormat},
 		"raw data file with a backing file": {func(s *small) { s.dataFile("d"); s.b[95] |= bitRawData; s.put64(8, 200); s.put32(16, 1) }, "exclude", image.ErrFormat},
 	} {
@@ -177,6 +184,13 @@ func (s *small) dataFile(name string) {
 	s.put32(104, extDataFile)
 	s.put32(108, uint32(len(name)))
 	copy(s.b[112:], name)
+}
+
+// fillL2 maps every cluster up to an offset to itself.
+func (s *small) fillL2(end uint64) {
+	for off := uint64(0); off < end; off += 64 << 10 {
+		s.put64(s.l2+int64(off>>13), off|flagCopied)
+	}
 }
 
 func (s *small) fill(from, to int64, p ...byte) {
@@ -363,20 +377,30 @@ func TestParentWithoutFormat(t *testing.T) {
 }
 
 func FuzzImage(f *testing.F) {
-	s := newSmall(f)
-	f.Add(s.b[:s.l2+4096])
-	s.zstd(f, make([]byte, 64<<10))
-	f.Add(s.b)
-	s = newSmall(f)
+	// Small images: the fuzzer copies and compares them whole.
+	s := newImage(f, 64<<10, 2048, 512)
+	f.Add(bytes.Clone(s.b))
+	s.b[79] |= bitCompression
+	s.put32(100, 112)
+	s.b[104] = compressZstd
+	s.put64(s.l2, flagCompressed|uint64(s.data))
+	f.Add(bytes.Clone(s.b))
+	s = newImage(f, 256<<10, 100, 16<<10)
 	s.b[79] |= bitExtendedL2
+	s.put64(s.l2, uint64(s.data))
 	s.put64(s.l2+8, 0xff00ff00)
-	f.Add(s.b)
+	f.Add(bytes.Clone(s.b))
+	s = newImage(f, 64<<10, 2048, 512)
 	s.name(3, "x")
 	s.put64(8, 300)
 	s.put32(16, 20)
-	f.Add(s.b)
+	f.Add(bytes.Clone(s.b))
 	s.dataFile("d")
-	f.Add(s.b[:70<<10])
+	f.Add(bytes.Clone(s.b))
+	s = newImage(f, 64<<10, 2048, 512)
+	s.put32(60, 1)
+	s.put64(64, uint64(s.data))
+	f.Add(bytes.Clone(s.b))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) > 1<<20 {
 			return

@@ -405,13 +405,14 @@ func (im *Image) checkData(host, l2, off int64) error {
 		if host != off {
 			return bad("the cluster at offset %d of the disk is at %d of the external data file", off, host)
 		}
-		return nil
-	}
-	if host == l2 {
+	} else if host == l2 {
 		return bad("its cluster at offset %d overlaps the L2 table", host)
 	}
-	if host >= im.file.Size() {
-		return bad("its cluster at offset %d lies beyond the file's end at %d: is the file truncated?", host, im.file.Size())
+	if host >= im.data.Size() {
+		return bad("its cluster at offset %d lies beyond the file's end at %d: is the file truncated?", host, im.data.Size())
+	}
+	if im.external {
+		return nil
 	}
 	return im.checkPlace(host, min(im.h.cluster(), im.file.Size()-host), im.file.Size())
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"holdfast/internal/disk"
+	"holdfast/internal/disk/disktest"
 )
 
 // check lets qemu-img judge an image, if it is installed.
@@ -34,7 +35,7 @@ func TestWriterAgainstModel(t *testing.T) {
 	}
 	for i := range rounds {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
-			rnd, dir := seeded(t), t.TempDir()
+			rnd, dir := disktest.Rand(t), t.TempDir()
 			path := filepath.Join(dir, "a.qcow2")
 			size := 1 + rnd.Int64N(6<<20)
 			w, err := Create(path, size, Options{ClusterSize: 512 << rnd.IntN(13)})
@@ -85,7 +86,7 @@ func TestWriterInParallel(t *testing.T) {
 		t.Fatal(err)
 	}
 	model := make([]byte, size)
-	rnd := seeded(t)
+	rnd := disktest.Rand(t)
 	for i := range model {
 		model[i] = byte(rnd.Uint32())
 	}
@@ -135,7 +136,7 @@ func TestWriterGrowsRefcounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(t, path)
-	compare(t, openChain(t, dir, "a.qcow2"), model, seeded(t))
+	compare(t, openChain(t, dir, "a.qcow2"), model, disktest.Rand(t))
 }
 
 func TestCreateNeverOverwrites(t *testing.T) {
@@ -213,7 +214,7 @@ func TestOverlayOf64TiB(t *testing.T) {
 // TestQEMUWritesToOurOverlay: the overlay is QEMU's from its first open on.
 func TestQEMUWritesToOurOverlay(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rnd, dir := seeded(t), t.TempDir()
+	rnd, dir := disktest.Rand(t), t.TempDir()
 	const size = 8 << 20
 	for _, cluster := range []int64{0, 4096, 2 << 20} {
 		noise(t, filepath.Join(dir, "base.raw"), size, rnd)
@@ -230,7 +231,7 @@ func TestQEMUWritesToOurOverlay(t *testing.T) {
 // TestQEMUGoesOnWithOurImage: an exported image is a production disk next.
 func TestQEMUGoesOnWithOurImage(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rnd, dir := seeded(t), t.TempDir()
+	rnd, dir := disktest.Rand(t), t.TempDir()
 	const size = 8 << 20
 	for _, cluster := range []int64{512, 64 << 10} {
 		path := filepath.Join(dir, fmt.Sprintf("a%d.qcow2", cluster))
@@ -296,7 +297,7 @@ func (p *power) after(n int, rnd *rand.Rand) []byte {
 // that were not synced lost. What a Flush covered must be there, and no
 // cluster may be in use that is not counted: QEMU would give it out again.
 func TestWriterLosesPower(t *testing.T) {
-	rnd := seeded(t)
+	rnd := disktest.Rand(t)
 	const size, piece = 512 << 10, 16 << 10
 	lay, err := newLayout(size, 512)
 	if err != nil {
