@@ -47,6 +47,9 @@ type Host struct {
 	wire *wire
 	// calls counts RPCs under way, those whose caller gave up included.
 	calls sync.WaitGroup
+
+	mu     sync.Mutex             // guards what follows
+	before map[virt.UUID][]string // addresses of guests before their migration
 }
 
 // Open connects to the daemon of a libvirt URI: qemu:///system,
