@@ -29,7 +29,7 @@ const (
 	// allocationID is the id of base:allocation on every connection.
 	allocationID = 1
 	// lingerTime is how long a server that ends waits for the client to close.
-	lingerTime = time.Second
+	lingerTime = 300 * time.Millisecond
 )
 
 var zeros [piece]byte
