@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -106,18 +105,14 @@ func command(ctx context.Context, name string, args ...string) error {
 	return nil
 }
 
-var errNoFact = errors.New("not told")
-
 // fact returns the first line of a command's output, or of a file, that holds
 // the text.
 func fact(text string, source ...string) string {
-	var b []byte
-	err := errNoFact
-	if len(source) == 1 {
-		b, err = os.ReadFile(source[0])
-	} else {
-		b, err = exec.Command(source[0], source[1:]...).CombinedOutput()
+	read := func() ([]byte, error) { return os.ReadFile(source[0]) }
+	if len(source) > 1 {
+		read = func() ([]byte, error) { return exec.Command(source[0], source[1:]...).CombinedOutput() }
 	}
+	b, err := read()
 	if err != nil {
 		return err.Error()
 	}
@@ -126,5 +121,5 @@ func fact(text string, source ...string) string {
 			return strings.Join(strings.Fields(line), " ")
 		}
 	}
-	return errNoFact.Error()
+	return "not told"
 }

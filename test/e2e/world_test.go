@@ -1,3 +1,5 @@
+//go:build linux
+
 // Package e2e tests the built program on real guests and images, by its command
 // line alone. HOLDFAST_LAB=1 runs it; HOLDFAST_BIN is the program, by default
 // bin/holdfast of this checkout. See package lab for the guests.
