@@ -103,11 +103,20 @@ func (d *Dir) Len() int {
 }
 
 // Fail makes the n-th change or sync from now fail with err, n from 1. A
-// failing write has written its first half; anything else has done nothing.
+// failing write has written its first half, in sectors if it was in sectors;
+// anything else has done nothing.
 func (d *Dir) Fail(n int, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.fails[len(d.ops)+n-1] = err
+}
+
+// half of a write's length; of whole sectors it takes whole sectors.
+func half(off int64, n int) int {
+	if off%sector == 0 && n%sector == 0 {
+		return n / 2 / sector * sector
+	}
+	return n / 2
 }
 
 // Limit sets how many bytes may be allocated, in pages of 4 KiB; 0 no limit.
@@ -245,7 +254,7 @@ func (f *DirFile) WriteAt(p []byte, off int64) (int, error) {
 	if fit < len(p) {
 		err = &fs.PathError{Op: "write", Err: syscall.ENOSPC}
 	} else if err = f.d.fails[len(f.d.ops)]; err != nil {
-		fit /= 2
+		fit = half(off, fit)
 		delete(f.d.fails, len(f.d.ops))
 	}
 	o := op{kind: opWrite, node: f.n.id, off: off, n: int64(fit), data: slices.Clone(p[:fit])}
@@ -342,8 +351,8 @@ func (d *Dir) Killed(k int, torn bool) *Dir {
 	t := d.rebuild(k, func(int) choice { return choice{all: true} }, func(n int) int { return n })
 	if torn && k < len(d.ops) && d.ops[k].kind == opWrite {
 		o := d.ops[k]
-		o.n /= 2
-		o.data = o.data[:o.n]
+		o.data = o.data[:half(o.off, len(o.data))]
+		o.n = int64(len(o.data))
 		t.files[o.node] = o.apply(t.files[o.node])
 	}
 	return newDir(t)
