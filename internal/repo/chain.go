@@ -78,6 +78,11 @@ type state struct {
 	over       map[string]kind   // leases: committed or revoked
 	quarantine map[[32]byte]bool // packs
 	bad        map[badKey]bool
+	// gaps are entries that are damaged or missing. Reading goes on without
+	// them; nothing is appended to a chain with gaps.
+	gaps []string
+	// unknown: digest is not known, since entry head is a gap.
+	unknown bool
 }
 
 func newState(config [32]byte) *state {
@@ -102,7 +107,7 @@ func (r *Repo) apply(s *state, p []byte) error {
 	if err := seal.Unmarshal(raw.Clear, &c); err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	if c.Number != n || !bytes.Equal(c.Previous, s.digest[:]) {
+	if c.Number != n || !s.unknown && !bytes.Equal(c.Previous, s.digest[:]) {
 		return fmt.Errorf("%s: %w: it does not follow its predecessor; an entry was exchanged or removed", entryName(n), ErrDamaged)
 	}
 	master, err := r.ring.Master(raw.Header.Key)
@@ -119,8 +124,15 @@ func (r *Repo) apply(s *state, p []byte) error {
 	if err := s.take(kind(raw.Header.Kind), &c, &sealed); err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	s.head, s.digest = n, sha256.Sum256(p)
+	s.head, s.digest, s.unknown = n, sha256.Sum256(p), false
 	return nil
+}
+
+// skip goes past an entry that is damaged or missing.
+func (s *state) skip(why error) {
+	s.head++
+	s.unknown = true
+	s.gaps = append(s.gaps, why.Error())
 }
 
 // take changes the state as the entry says.
@@ -182,40 +194,19 @@ func parseDigest(s string) (d [32]byte, err error) {
 
 // load reads the whole chain: at Open, before anything is shared.
 func (r *Repo) load(ctx context.Context) error {
-	names, err := listNames(ctx, r.store, "chain/")
-	if err != nil {
-		return err
-	}
-	for i, name := range names {
-		n, err := strconv.ParseUint(strings.TrimPrefix(name, "chain/"), 10, 64)
-		if err != nil || name != entryName(n) {
-			return fmt.Errorf("%s: %w: not a chain entry's name", name, ErrDamaged)
-		}
-		if n != uint64(i+1) {
-			return fmt.Errorf("%s: %w: the entry is missing", entryName(uint64(i+1)), ErrDamaged)
-		}
-	}
 	seen, err := r.seen()
 	if err != nil {
 		return err
 	}
-	entries := make([][]byte, len(names))
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(16)
-	for i, name := range names {
-		g.Go(func() (err error) {
-			entries[i], err = r.store.Get(gctx, name, 0, -1)
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
+	entries, err := r.entries(ctx)
+	if err != nil {
 		return err
 	}
 	for _, p := range entries {
-		if err := r.apply(r.state, p); err != nil {
+		if err := r.applyOrSkip(r.state, p); err != nil {
 			return err
 		}
-		if r.state.head == seen.Number && !bytes.Equal(seen.Digest, r.state.digest[:]) {
+		if r.state.head == seen.Number && !r.state.unknown && !bytes.Equal(seen.Digest, r.state.digest[:]) {
 			return r.rolledBack(seen)
 		}
 	}
@@ -223,6 +214,51 @@ func (r *Repo) load(ctx context.Context) error {
 		return r.rolledBack(seen)
 	}
 	return r.remember(r.state)
+}
+
+// entries reads all entries up to the greatest number; nil for one that is not
+// there.
+func (r *Repo) entries(ctx context.Context) ([][]byte, error) {
+	names, err := listNames(ctx, r.store, "chain/")
+	if err != nil || len(names) == 0 {
+		return nil, err
+	}
+	last, err := strconv.ParseUint(strings.TrimPrefix(names[len(names)-1], "chain/"), 10, 64)
+	if err != nil || last > uint64(len(names))+maxGap {
+		return nil, fmt.Errorf("%s: %w: not the name of the chain's newest entry", names[len(names)-1], ErrDamaged)
+	}
+	entries := make([][]byte, last)
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(16)
+	for i := range entries {
+		g.Go(func() error {
+			p, err := r.store.Get(gctx, entryName(uint64(i+1)), 0, -1)
+			if errors.Is(err, blob.ErrNotExist) {
+				return nil
+			}
+			entries[i] = p
+			return err
+		})
+	}
+	return entries, g.Wait()
+}
+
+// maxGap bounds how many entries may be missing in a chain that is read all
+// the same.
+const maxGap = 1 << 20
+
+// applyOrSkip takes an entry in, or notes that it is damaged or missing.
+func (r *Repo) applyOrSkip(s *state, p []byte) error {
+	if p == nil {
+		s.skip(fmt.Errorf("%s: %w: missing", entryName(s.head+1), ErrDamaged))
+		return nil
+	}
+	err := r.apply(s, p)
+	if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
+		s.skip(err)
+		return nil
+	}
+	return err
 }
 
 // headSeen is the newest chain entry that this machine has seen.
@@ -253,7 +289,7 @@ func (r *Repo) rolledBack(seen headSeen) error {
 
 // remember keeps the head for the next Open. A crash here costs only that.
 func (r *Repo) remember(s *state) error {
-	if s.head == 0 {
+	if s.head == 0 || s.unknown {
 		return nil
 	}
 	if err := os.MkdirAll(r.cache, 0o700); err != nil {
@@ -297,21 +333,12 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 		if s == old {
 			s = old.clone()
 		}
-		if err := r.apply(s, p); err != nil {
+		if err := r.applyOrSkip(s, p); err != nil {
 			return err
 		}
 	}
-	for d := range s.indexes {
-		if r.index.Has(d) {
-			continue
-		}
-		packs, err := r.readIndex(ctx, d)
-		if err != nil {
-			return err
-		}
-		if err := r.index.Add(d, packs); err != nil {
-			return err
-		}
+	if err := r.readIndexes(ctx, s); err != nil {
+		return err
 	}
 	if s == old {
 		return nil
@@ -453,6 +480,9 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 			return err
 		}
 		s := r.current()
+		if len(s.gaps) > 0 {
+			return fmt.Errorf("%s; reading and restoring work, but nothing can be added: put the entry back from a copy of the repository", s.gaps[0])
+		}
 		if err := allowed(s); err != nil {
 			return err
 		}

@@ -64,12 +64,18 @@ func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.points(ctx); err != nil {
 		return nil, err
 	}
+	if len(c.r.current().gaps) > 0 {
+		return &c.report, nil // nothing can be recorded in a chain with gaps
+	}
+	if err := c.r.mend(ctx); err != nil {
+		return nil, err
+	}
 	return &c.report, c.distrust(ctx)
 }
 
 type packInfo struct {
 	size   int64
-	index  [32]byte // the index object that lists it
+	index  [32]byte // the index object that lists it; zero when none does
 	number int      // within that
 }
 
@@ -102,39 +108,67 @@ func (c *checker) chain(ctx context.Context) error {
 	}
 	s := newState(sha256.Sum256(p))
 	for s.head < known.head {
-		name := entryName(s.head + 1)
-		p, err := c.r.get(ctx, name, 0, -1)
-		if err == nil {
-			err = c.r.apply(s, p)
-		}
-		if errors.Is(err, ErrDamaged) {
-			c.problem(Problem{Object: name, What: err.Error()})
-			break
-		} else if err != nil {
+		p, err := c.r.store.Get(ctx, entryName(s.head+1), 0, -1)
+		if err != nil && !errors.Is(err, blob.ErrNotExist) {
 			return err
 		}
+		if err := c.r.applyOrSkip(s, p); err != nil {
+			return err
+		}
+	}
+	for _, gap := range s.gaps {
+		c.problem(Problem{Object: "chain", What: gap})
 	}
 	c.report.Entries, c.report.Points = known.head, len(known.points)
 	return nil
 }
 
-// indexes reads all live index objects and notes the packs.
+// indexes reads all live index objects and notes the packs. What a lost one
+// listed is found in the packs themselves.
 func (c *checker) indexes(ctx context.Context) error {
-	for d := range c.r.current().indexes {
+	s := c.r.current()
+	lost := map[[32]byte]bool{}
+	for d := range s.indexes {
 		packs, err := c.r.readIndex(ctx, d)
 		if errors.Is(err, ErrDamaged) {
 			c.problem(Problem{Object: indexName(d), What: err.Error()})
+			lost[d] = true
 			continue
 		} else if err != nil {
 			return err
 		}
-		for i, k := range packs {
-			c.packs[k.Name] = packInfo{k.Size, d, i}
-			c.report.PackBytes += k.Size
+		c.note(d, packs)
+	}
+	if len(lost) > 0 || len(s.gaps) > 0 {
+		found, err := c.r.makeUp(ctx, s, lost)
+		if err != nil {
+			return err
 		}
+		c.note([32]byte{}, found)
 	}
 	c.report.Packs = len(c.packs)
 	return nil
+}
+
+func (c *checker) note(index [32]byte, packs []index.Pack) {
+	for i, k := range packs {
+		c.packs[k.Name] = packInfo{k.Size, index, i}
+		c.report.PackBytes += k.Size
+	}
+}
+
+// items lists what is in a pack.
+func (c *checker) items(ctx context.Context, info packInfo) ([]index.Item, error) {
+	if info.index == ([32]byte{}) {
+		c.r.mu.RLock()
+		defer c.r.mu.RUnlock()
+		return c.r.found[info.number].Items, nil
+	}
+	packs, err := c.r.readIndex(ctx, info.index)
+	if err != nil {
+		return nil, err
+	}
+	return packs[info.number].Items, nil
 }
 
 // stored checks that each pack is there, and with ReadData what is in it.
@@ -196,11 +230,10 @@ func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there 
 // badPack notes a damaged pack and its items; with p, those that still open
 // stay good.
 func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, what string, p []byte) error {
-	packs, err := c.r.readIndex(ctx, info.index)
+	items, err := c.items(ctx, info)
 	if err != nil {
 		return err
 	}
-	items := packs[info.number].Items
 	bad := 0
 	off := uint32(seal.HeaderLen)
 	for i, it := range items {

@@ -289,7 +289,7 @@ func (d *DiskReader) Matches(ctx context.Context, p []byte, off int64) (bool, er
 // nothing at once.
 func (d *DiskReader) Missing(ctx context.Context) disk.Extents {
 	return func(yield func(disk.Extent, error) bool) {
-		if len(d.r.current().bad) == 0 {
+		if s := d.r.current(); len(s.bad) == 0 && len(s.gaps) == 0 {
 			return
 		}
 		stopped := false

@@ -104,8 +104,12 @@ type Repo struct {
 
 	refreshing sync.Mutex // held while the chain's news is read; before mu
 
-	mu    sync.RWMutex // guards state
+	mu    sync.RWMutex // guards state and what was found about lost index objects
 	state *state
+
+	lostIndexes []string          // what is wrong with which index object
+	found       []index.Pack      // what packs that no index object lists hold; nil before a scan
+	drop        map[[32]byte]bool // the lost index objects
 
 	index   *index.Index
 	openers openerCache

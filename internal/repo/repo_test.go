@@ -520,7 +520,6 @@ func TestOpenErrors(t *testing.T) {
 		{"newer entry", change("chain/", newer), string(secret), ErrVersion},
 		{"no keys", without("keys/"), string(secret), ErrDamaged},
 		{"no keyring", without("keyring/"), string(secret), ErrDamaged},
-		{"no index object", without("index/"), string(secret), ErrDamaged},
 	} {
 		if err := open(c.store, c.pass); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", c.what, err, c.want)
@@ -529,7 +528,7 @@ func TestOpenErrors(t *testing.T) {
 	if _, err := Init(ctx, store, secret, Options{Cache: t.TempDir()}); !errors.Is(err, ErrExist) {
 		t.Errorf("second init: %v", err)
 	}
-	for _, prefix := range []string{"config", "keyring/", "chain/", "index/"} {
+	for _, prefix := range []string{"config", "keyring/"} {
 		for bit := range 40 {
 			c := change(prefix, func(p []byte) []byte { p[bit*(len(p)-1)/39] ^= 0x10; return p })
 			if err := open(c, string(secret)); err == nil {
@@ -539,33 +538,63 @@ func TestOpenErrors(t *testing.T) {
 	}
 }
 
-// An entry taken out of the chain, or put in the place of another, is noticed.
+// An entry taken out of the chain, damaged, or put in the place of another, is
+// noticed. The points of the others can be read, and nothing is added.
 func TestChain(t *testing.T) {
 	store := new(blob.Mem)
 	r := create(t, store)
+	contents := map[PointID][]byte{}
 	for i := range 4 {
-		if _, err := save(r, "a", image(rand.New(rand.NewPCG(1, uint64(i))), 3*ChunkSize), nil, nil); err != nil {
+		content := image(rand.New(rand.NewPCG(1, uint64(i))), 3*ChunkSize)
+		p, err := save(r, "a", content, nil, nil)
+		if err != nil {
 			t.Fatal(err)
 		}
+		contents[p.ID] = content
 	}
-	for _, c := range []func(*blob.Mem){
-		func(s *blob.Mem) { s.Delete(ctx, entryName(2)) },
-		func(s *blob.Mem) {
+	for what, c := range map[string]func(*blob.Mem) int{
+		"missing": func(s *blob.Mem) int { s.Delete(ctx, entryName(2)); return 3 },
+		"damaged": func(s *blob.Mem) int {
+			s.Damage(entryName(3), func(p []byte) []byte { p[len(p)-70] ^= 1; return p })
+			return 3
+		},
+		"newest damaged": func(s *blob.Mem) int {
+			s.Damage(entryName(4), func(p []byte) []byte { return p[:len(p)-1] })
+			return 3
+		},
+		"exchanged": func(s *blob.Mem) int {
 			p, _ := s.Get(ctx, entryName(3), 0, -1)
 			s.Damage(entryName(2), func([]byte) []byte { return p })
+			return 3
 		},
-		func(s *blob.Mem) { // renumbered
+		"renumbered": func(s *blob.Mem) int {
 			for n := uint64(2); n < 4; n++ {
 				p, _ := s.Get(ctx, entryName(n+1), 0, -1)
 				s.Damage(entryName(n), func([]byte) []byte { return p })
 			}
 			s.Delete(ctx, entryName(4))
+			return 1
 		},
 	} {
 		s := store.Clone()
-		c(s)
-		if _, err := Open(ctx, s, secret, Options{Cache: t.TempDir()}); !errors.Is(err, ErrDamaged) {
-			t.Errorf("got %v", err)
+		left := c(s)
+		r := reopen(t, s)
+		points, err := r.Points(ctx)
+		if err != nil || len(points) != left || len(r.Damage()) == 0 {
+			t.Errorf("%s: %d points, want %d; damage %q; %v", what, len(points), left, r.Damage(), err)
+		}
+		for _, p := range points {
+			equal(t, r, &p, contents[p.ID])
+		}
+		if report, err := r.Check(ctx, CheckOptions{}); err != nil || len(report.Problems) == 0 {
+			t.Errorf("%s: check: %v, %+v", what, err, report)
+		}
+		before, _ := listNames(ctx, s, "chain/")
+		if _, err := save(r, "b", contents[points[0].ID], nil, nil); err == nil {
+			t.Errorf("%s: a point was added", what)
+		}
+		if after, _ := listNames(ctx, s, "chain/"); !slices.Equal(before, after) {
+			t.Errorf("%s: chain went from %v to %v", what, before, after)
 		}
 	}
 	// The end cut off: a machine that has seen it knows, an empty one cannot.
@@ -578,6 +607,55 @@ func TestChain(t *testing.T) {
 	store.Delete(ctx, entryName(4))
 	if _, err := Open(ctx, store, secret, Options{Cache: cache}); !errors.Is(err, ErrRolledBack) {
 		t.Errorf("rolled back: %v", err)
+	}
+}
+
+// A lost index object is made up for from the packs, and the next run stores
+// the result.
+func TestLostIndex(t *testing.T) {
+	content := image(rng(t), 30*ChunkSize)
+	store := new(blob.Mem)
+	r := create(t, store)
+	p, err := save(r, "a", content, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := save(r, "b", image(rng(t), 5*ChunkSize), nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	names, _ := listNames(ctx, store, "index/")
+	for what, lose := range map[string]func(*blob.Mem, string){
+		"missing": func(s *blob.Mem, name string) { s.Delete(ctx, name) },
+		"damaged": func(s *blob.Mem, name string) { s.Damage(name, func(p []byte) []byte { p[100] ^= 1; return p }) },
+	} {
+		for _, mend := range []string{"run", "check"} {
+			s := store.Clone()
+			for _, name := range names {
+				lose(s, name)
+			}
+			r := reopen(t, s)
+			if len(r.Damage()) != len(names) {
+				t.Errorf("%s: damage %q", what, r.Damage())
+			}
+			equal(t, r, p, content)
+			if mend == "check" {
+				report, err := r.Check(ctx, CheckOptions{ReadData: true})
+				if err != nil || len(report.Problems) != len(names) {
+					t.Errorf("%s: check: %v, %+v", what, err, report)
+				}
+			} else if q, err := save(r, "c", content, nil, nil); err != nil || q.NewBytes > ChunkSize {
+				t.Errorf("%s: next run: %v, %+v", what, err, q)
+			}
+			if len(r.Damage()) != 0 {
+				t.Errorf("%s: damage after %s: %q", what, mend, r.Damage())
+			}
+			r = reopen(t, s)
+			if len(r.Damage()) != 0 {
+				t.Errorf("%s: damage on another machine after %s: %q", what, mend, r.Damage())
+			}
+			equal(t, r, p, content)
+			clean(t, r, true)
+		}
 	}
 }
 

@@ -85,7 +85,11 @@ func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
 	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
 	run.files = &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
-	if err := r.refresh(ctx); err != nil {
+	err = r.refresh(ctx)
+	if err == nil {
+		err = r.mend(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(err, run.Close())
 	}
 	run.beats.Go(run.beat)
@@ -194,11 +198,7 @@ func (run *Run) shelve(ctx context.Context) error {
 	run.packs, run.packedItems = nil, 0
 	run.mu.Unlock()
 	for len(packs) > 0 {
-		n, items := 0, 0
-		for n < len(packs) && (n == 0 || items+len(packs[n].Items) <= indexItems) {
-			items += len(packs[n].Items)
-			n++
-		}
+		n := indexful(packs)
 		d, err := run.r.putIndex(ctx, packs[:n])
 		if err != nil {
 			run.mu.Lock()
@@ -210,6 +210,16 @@ func (run *Run) shelve(ctx context.Context) error {
 		packs = packs[n:]
 	}
 	return nil
+}
+
+// indexful is how many of the packs one index object takes.
+func indexful(packs []index.Pack) int {
+	n, items := 0, 0
+	for n < len(packs) && (n == 0 || items+len(packs[n].Items) <= indexItems) {
+		items += len(packs[n].Items)
+		n++
+	}
+	return n
 }
 
 // announce adds the shelved index objects by an entry of their own.

@@ -1,0 +1,172 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+)
+
+// Damage says what is wrong with the chain and the index objects, as far as it
+// showed when they were read. A repository with damage can be read and
+// restored from; what is said here is for the operator to see.
+func (r *Repo) Damage() []string {
+	s := r.current()
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return slices.Concat(s.gaps, r.lostIndexes)
+}
+
+// readIndexes takes in the index objects that the cache does not have. One that
+// is lost is made up for from the packs themselves, in the cache alone; the
+// next run stores the result in its place.
+func (r *Repo) readIndexes(ctx context.Context, s *state) error {
+	var lost []string
+	drop := map[[32]byte]bool{}
+	for d := range s.indexes {
+		if r.index.Has(d) {
+			continue
+		}
+		packs, err := r.readIndex(ctx, d)
+		if errors.Is(err, ErrDamaged) {
+			lost, drop[d] = append(lost, err.Error()), true
+			continue
+		} else if err != nil {
+			return err
+		}
+		if err := r.index.Add(d, packs); err != nil {
+			return err
+		}
+	}
+	if len(lost) == 0 && len(s.gaps) == 0 {
+		return nil
+	}
+	r.mu.RLock()
+	done := len(r.lostIndexes) == len(lost) && r.found != nil
+	r.mu.RUnlock()
+	if done {
+		return nil
+	}
+	if _, err := r.makeUp(ctx, s, drop); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lostIndexes = lost
+	return nil
+}
+
+// makeUp takes into the cache what the packs that no sound index object lists
+// hold, and keeps it for mend.
+func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool) ([]index.Pack, error) {
+	found, err := r.scan(ctx, s, lost)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.index.Add([32]byte{}, found); err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.found, r.drop = found, lost
+	return found, nil
+}
+
+// scan reads the directories of all packs that no index object lists.
+func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]index.Pack, error) {
+	listed := map[string]bool{}
+	for d := range s.indexes {
+		if lost[d] {
+			continue
+		}
+		packs, err := r.readIndex(ctx, d)
+		if errors.Is(err, ErrDamaged) {
+			continue // the cache has what it said
+		} else if err != nil {
+			return nil, err
+		}
+		for _, k := range packs {
+			listed[packName(k.Name)] = true
+		}
+	}
+	found := []index.Pack{}
+	for i, err := range r.store.List(ctx, "packs/") {
+		if err != nil {
+			return nil, err
+		}
+		if listed[i.Name] {
+			continue
+		}
+		k, err := r.readDirectory(ctx, i)
+		if errors.Is(err, ErrDamaged) || errors.Is(err, blob.ErrNotExist) {
+			continue // an unreadable pack that nothing lists holds nothing that is known
+		} else if err != nil {
+			return nil, err
+		}
+		found = append(found, k)
+	}
+	return found, nil
+}
+
+// readDirectory lists a pack's items from the pack alone.
+func (r *Repo) readDirectory(ctx context.Context, i blob.Info) (k index.Pack, err error) {
+	if len(i.Name) < 64 {
+		return k, fmt.Errorf("%s: %w: not a pack's name", i.Name, ErrDamaged)
+	}
+	if k.Name, err = parseDigest(i.Name[len(i.Name)-64:]); err != nil {
+		return k, err
+	}
+	p, err := r.store.Get(ctx, i.Name, 0, -1)
+	if err != nil {
+		return k, err
+	}
+	h, master, err := r.packHeader(p)
+	if err != nil {
+		return k, fmt.Errorf("%s: %w", i.Name, err)
+	}
+	entries, err := pack.Directory(p, h, master)
+	if err != nil {
+		return k, fmt.Errorf("%s: %w", i.Name, err)
+	}
+	k.Size, k.Kind = int64(len(p)), h.Kind
+	for _, e := range entries {
+		k.Items = append(k.Items, index.Item{ID: e.ID, Stored: e.Stored})
+	}
+	return k, nil
+}
+
+// mend stores what scan found in the place of lost index objects, before a run
+// builds on it.
+func (r *Repo) mend(ctx context.Context) error {
+	r.mu.RLock()
+	found, drop := r.found, r.drop
+	r.mu.RUnlock()
+	if len(drop) == 0 {
+		return nil
+	}
+	var c entryClear
+	for d := range drop {
+		c.Drops = append(c.Drops, seal.Hex(d[:]))
+	}
+	for len(found) > 0 {
+		n := indexful(found)
+		d, err := r.putIndex(ctx, found[:n])
+		if err != nil {
+			return fmt.Errorf("mend the index: %w", err)
+		}
+		c.Adds = append(c.Adds, d[:])
+		found = found[n:]
+	}
+	if err := r.append(ctx, kindAdd, c, entrySealed{}, func(*state) error { return nil }); err != nil {
+		return fmt.Errorf("mend the index: %w", err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lostIndexes, r.found, r.drop = nil, nil, nil
+	return nil
+}
