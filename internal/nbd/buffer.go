@@ -20,10 +20,10 @@ const (
 // payload. It belongs to one goroutine at a time.
 type buffer struct {
 	mem   []byte
-	class int  // 0: header only
-	lo    int  // the message starts here
-	hi    int  // and ends before here
-	last  bool // the request's last message
+	class int           // 0: header only
+	lo    int           // the message starts here
+	hi    int           // and ends before here
+	slot  chan struct{} // of the request whose last message it is, else nil
 }
 
 // payload is the room after the header, n bytes.
@@ -69,6 +69,6 @@ func (bs *buffers) get(n int) *buffer {
 }
 
 func (bs *buffers) put(b *buffer) {
-	b.last = false
+	b.slot = nil
 	bs.class[b.class].Put(b)
 }

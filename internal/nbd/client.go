@@ -79,6 +79,9 @@ func dial(ctx context.Context, a Address, o DialOptions) (*Client, error) {
 	for _, t := range talks {
 		c.links = append(c.links, newLink(t, o, c.lost))
 	}
+	for _, l := range c.links { // each may tell all others that it is broken
+		l.start()
+	}
 	return c, nil
 }
 

@@ -79,12 +79,16 @@ func greet(ctx context.Context, a Address, o DialOptions) (*talk, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &talk{raw: nc, nc: nc, br: bufio.NewReaderSize(nc, 64<<10), ids: map[uint32]string{}}
+	t := newTalk(nc)
 	if err := t.guard(ctx, func() error { return t.start(ctx, a, o) }); err != nil {
 		nc.Close()
 		return nil, err
 	}
 	return t, nil
+}
+
+func newTalk(nc net.Conn) *talk {
+	return &talk{raw: nc, nc: nc, br: bufio.NewReaderSize(nc, 64<<10), ids: map[uint32]string{}}
 }
 
 // guard runs one step of the handshake, which ends when ctx does.

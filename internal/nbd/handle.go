@@ -125,7 +125,7 @@ func (c *conn) read(r request) {
 	default:
 		putData(b, r.cookie, r.off, n, replyFlagDone)
 	}
-	b.last = true
+	b.slot = c.slots
 	c.out.send(b)
 }
 
@@ -139,8 +139,7 @@ func (c *conn) readExtents(r request) {
 		}
 		if e.Zero {
 			b := c.s.bufs.get(0)
-			b.last = e.End() == end
-			putHole(b, r.cookie, uint64(e.Off), int(e.Len), doneFlag(b.last))
+			putHole(b, r.cookie, uint64(e.Off), int(e.Len), c.last(b, e.End() == end))
 			c.out.send(b)
 			continue
 		}
@@ -155,11 +154,11 @@ func (c *conn) readExtents(r request) {
 				c.done(r, err, b)
 				return
 			}
-			b.last = at+int64(n) == end
+			flags := c.last(b, at+int64(n) == end)
 			if disk.IsZero(b.payload(n)) {
-				putHole(b, r.cookie, uint64(at), n, doneFlag(b.last))
+				putHole(b, r.cookie, uint64(at), n, flags)
 			} else {
-				putData(b, r.cookie, uint64(at), n, doneFlag(b.last))
+				putData(b, r.cookie, uint64(at), n, flags)
 			}
 			c.out.send(b)
 		}
@@ -167,11 +166,13 @@ func (c *conn) readExtents(r request) {
 	c.s.stats.readBytes.Add(int64(r.n))
 }
 
-func doneFlag(last bool) uint16 {
-	if last {
-		return replyFlagDone
+// last returns the flags of the chunk in b, which ends the request or does not.
+func (c *conn) last(b *buffer, is bool) uint16 {
+	if !is {
+		return 0
 	}
-	return 0
+	b.slot = c.slots
+	return replyFlagDone
 }
 
 // putData makes of b the chunk that carries its n bytes of payload.
@@ -228,7 +229,7 @@ func (c *conn) status(r request) {
 		be.PutUint32(p[4+8*i:], e.n)
 		be.PutUint32(p[8+8*i:], e.state)
 	}
-	b.last = true
+	b.slot = c.slots
 	c.out.send(b)
 }
 

@@ -73,10 +73,11 @@ const (
 // extentRun is one descriptor of a block status.
 type extentRun struct{ n, flags uint32 }
 
+// newLink takes over a connection from its handshake. It wants start.
 func newLink(t *talk, o DialOptions, lost func(error)) *link {
 	_, tcp := t.nc.(*net.TCPConn)
 	_, local := t.nc.(*net.UnixConn)
-	l := &link{
+	return &link{
 		nc: t.nc, raw: t.raw, br: t.br, vec: tcp || local,
 		structured: t.info.Structured,
 		ids:        t.ids,
@@ -88,6 +89,10 @@ func newLink(t *talk, o DialOptions, lost func(error)) *link {
 		ended:      make(chan struct{}),
 		pending:    map[uint64]*call{},
 	}
+}
+
+// start starts the goroutines, which fail ends.
+func (l *link) start() {
 	var wg sync.WaitGroup
 	wg.Go(l.send)
 	wg.Go(l.receive)
@@ -96,7 +101,6 @@ func newLink(t *talk, o DialOptions, lost func(error)) *link {
 		l.failPending()
 		close(l.ended)
 	}()
-	return l
 }
 
 // do carries out one request and returns when it is answered, or cancelled, or

@@ -272,6 +272,7 @@ func (s *Server) serve(work context.Context, stopping <-chan struct{}, nc net.Co
 		cancel:   cancel,
 		budget:   semaphore.NewWeighted(maxConnBytes),
 		slots:    make(chan struct{}, s.o.InFlight),
+		refusals: make(chan struct{}, 1),
 		finished: make(chan struct{}),
 	}
 	err := c.run()

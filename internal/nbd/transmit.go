@@ -58,6 +58,7 @@ type conn struct {
 	out      outbox
 	budget   *semaphore.Weighted // bytes of payload held
 	slots    chan struct{}       // full when as many requests are under way as may be
+	refusals chan struct{}       // likewise of requests that come too late
 	wg       sync.WaitGroup      // requests under way
 	stopped  atomic.Bool         // the server is to end
 	quiet    chan struct{}       // closed when it has nothing more to do here
@@ -167,7 +168,8 @@ func (c *conn) readRequests() error {
 		if r.cmd == cmdDisc {
 			return io.EOF
 		}
-		if !c.takeSlot() {
+		slot := c.takeSlot()
+		if slot == nil {
 			return nil
 		}
 		c.s.stats.requests.Add(1)
@@ -175,12 +177,12 @@ func (c *conn) readRequests() error {
 		var b *buffer
 		if r.cmd == cmdWrite {
 			if b, err = c.readPayload(r, e == 0); err != nil {
-				<-c.slots
+				<-slot
 				return c.readError(err, true)
 			}
 		}
 		if e != 0 {
-			c.refuse(r, e, c.s.bufs.get(0))
+			c.refuse(r, e, c.s.bufs.get(0), slot)
 			continue
 		}
 		c.wg.Add(1)
@@ -205,19 +207,30 @@ func (c *conn) readError(err error, midway bool) error {
 	return fmt.Errorf("read request: %w", err)
 }
 
-// takeSlot waits until one more request may be under way; false when the
-// server is to end.
-func (c *conn) takeSlot() bool {
-	select {
-	case c.slots <- struct{}{}:
-		return true
-	default:
+// takeSlot waits until one more request may be under way and returns what is
+// free again with its reply; nil when the server is to end.
+func (c *conn) takeSlot() chan struct{} {
+	if !c.stopped.Load() {
+		select {
+		case c.slots <- struct{}{}:
+			return c.slots
+		default:
+		}
+		select {
+		case c.slots <- struct{}{}:
+			return c.slots
+		case <-c.stopping:
+			c.stopped.Store(true)
+		}
+	}
+	if c.s.o.Resumable {
+		return nil
 	}
 	select {
-	case c.slots <- struct{}{}:
-		return true
+	case c.refusals <- struct{}{}:
+		return c.refusals
 	case <-c.quiet:
-		return false
+		return nil
 	}
 }
 
@@ -320,15 +333,15 @@ func (c *conn) giveBack(b *buffer) {
 
 // sent is the end of a message; the last of a request frees its slot.
 func (c *conn) sent(b *buffer) {
-	last := b.last
+	slot := b.slot
 	c.giveBack(b)
-	if last {
-		<-c.slots
+	if slot != nil {
+		<-slot
 	}
 }
 
 // refuse answers a request with an error, in b.
-func (c *conn) refuse(r request, e Errno, b *buffer) {
+func (c *conn) refuse(r request, e Errno, b *buffer, slot chan struct{}) {
 	c.s.stats.errors.Add(1)
 	if c.structured {
 		h := b.header(chunkLen+6, 0)
@@ -338,7 +351,7 @@ func (c *conn) refuse(r request, e Errno, b *buffer) {
 	} else {
 		putSimple(b.header(simpleLen, 0), e, r.cookie)
 	}
-	b.last = true
+	b.slot = slot
 	c.out.send(b)
 }
 
@@ -349,10 +362,10 @@ func (c *conn) done(r request, err error, b *buffer) {
 		if e != EPERM && e != ESHUTDOWN && e != ENOTSUP {
 			c.s.o.Report(fmt.Errorf("export %q: command %d, %d bytes at %d: %w", c.exp.name, r.cmd, r.n, r.off, err))
 		}
-		c.refuse(r, e, b)
+		c.refuse(r, e, b, c.slots)
 		return
 	}
 	putSimple(b.header(simpleLen, 0), 0, r.cookie)
-	b.last = true
+	b.slot = c.slots
 	c.out.send(b)
 }
