@@ -1,0 +1,27 @@
+package main
+
+import (
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"holdfast/internal/node"
+)
+
+// thaw is the detached process that guards a frozen guest.
+func (a *app) thaw() *cobra.Command {
+	return &cobra.Command{
+		Use:    "thaw URI UUID LIMIT",
+		Short:  "Watch over a frozen guest (started by backup)",
+		Hidden: true,
+		Args:   args(3, 3),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			limit, err := time.ParseDuration(args[2])
+			if err != nil {
+				return usagef("%w", err)
+			}
+			return node.Thaw(cmd.Context(), os.Stdin, os.Stdout, args[0], args[1], limit)
+		},
+	}
+}

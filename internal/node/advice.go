@@ -1,0 +1,59 @@
+package node
+
+import (
+	"errors"
+	"io/fs"
+	"strings"
+	"syscall"
+
+	"holdfast/internal/hypervisor"
+	"holdfast/internal/hypervisor/libvirt"
+	"holdfast/internal/overlay"
+	"holdfast/internal/repo"
+	"holdfast/internal/state"
+)
+
+// advice says what to do about errors, the most telling first. An error that
+// says so itself, with the words in unless, gets none.
+var advice = []struct {
+	err    error
+	unless string
+	say    string
+}{
+	{repo.ErrPassphrase, "", "check HOLDFAST_PASSPHRASE or HOLDFAST_PASSPHRASE_FILE, or type it again"},
+	{repo.ErrNotRepository, "", "check --repo or HOLDFAST_REPO, or make one there with \"holdfast init\""},
+	{repo.ErrExist, "", "use it as it is, or choose another directory"},
+	{repo.ErrVersion, "", "use the newer Holdfast that wrote it"},
+	{repo.ErrRolledBack, "", "put the newer state back, or find out who restored an old copy; nothing was changed"},
+	{repo.ErrRevoked, "", "run the backup again"},
+	{repo.ErrDamaged, "put back", "\"holdfast check --read-data\" lists what is damaged; other restore points may be whole"},
+	{state.ErrVersion, "", "use the newer Holdfast that wrote it"},
+	{state.ErrDamaged, "", "move the file away if the session is not needed any more"},
+	{state.ErrAmbiguous, "", "give more digits"},
+	{state.ErrNotExist, "", "\"holdfast sessions\" lists what there is"},
+	{state.ErrLocked, "", "wait for it to end, or end it"},
+	{overlay.ErrLocked, "", "\"holdfast sessions\" shows what uses it"},
+	{overlay.ErrOtherBase, "", "name an empty directory with --overlay"},
+	{overlay.ErrVersion, "", "use the newer Holdfast that wrote it"},
+	{hypervisor.ErrExist, "--", "choose another name with --name, or remove what has it"},
+	{libvirt.ErrLost, "", "see that libvirtd runs and answers, then run the command again"},
+	{libvirt.ErrAgent, "--consistency", "see that the guest agent runs in the guest, or use --consistency crash"},
+	{syscall.ENOSPC, "", "make room there, then run the command again"},
+	{syscall.EDQUOT, "", "the quota is used up: make room there, then run the command again"},
+	{syscall.ECONNREFUSED, "", "see that the daemon runs there"},
+	{syscall.EROFS, "", "it is mounted read-only"},
+	{fs.ErrPermission, "", "run this as a user who may (root, or the group that owns it)"},
+}
+
+// Advice says what to do about an error, or "".
+func Advice(err error) string {
+	for _, a := range advice {
+		if errors.Is(err, a.err) {
+			if a.unless != "" && strings.Contains(err.Error(), a.unless) {
+				return ""
+			}
+			return a.say
+		}
+	}
+	return ""
+}

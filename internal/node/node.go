@@ -1,0 +1,246 @@
+// Package node is a running Holdfast: the only place that sees hypervisors,
+// protocols and the core together, and wires them. The command line calls its
+// verbs; each of them opens what it needs, does one thing, and closes it.
+//
+//	cmd ──▶ Node ──▶ repo       the repository, opened once and when first needed
+//	          │  ──▶ host       libvirt by its URI, or a folder by its path
+//	          │  ──▶ state      sessions and journal of this machine
+//	          ├────▶ backup     source → repository
+//	          ├────▶ mover      repository → files, or a stopped VM's disks
+//	          └────▶ recovery   repository → published disks → running guest
+//
+// Work that outlives a command is done by detached processes, which are this
+// program again with a hidden verb: "serve" keeps a publication up, "thaw"
+// watches over a frozen guest. They get secrets through a pipe, never through
+// their arguments.
+//
+// A Node's methods may not run in parallel, but for what their comments say.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/mover"
+	"holdfast/internal/repo"
+	"holdfast/internal/state"
+)
+
+// Options of New.
+type Options struct {
+	// Repo is where the repository is: a directory, or its file:// URL.
+	Repo string
+	// State is the state directory; "" means state.DefaultPath.
+	State string
+	// Passphrase gives the repository's passphrase; with create a new one is
+	// being chosen. It is called at most once.
+	Passphrase func(ctx context.Context, create bool) ([]byte, error)
+	// Report is told how work goes.
+	Report Report
+}
+
+// Report is told how work goes while it goes. Its functions may be called in
+// parallel; those that are nil are not called.
+type Report struct {
+	// Task is told of work that moves bytes. end is called when it is over.
+	Task func(name string, m *mover.Meter) (end func())
+	// Note is a line for the operator.
+	Note func(line string)
+}
+
+func (r Report) task(name string, m *mover.Meter) (end func()) {
+	if r.Task == nil {
+		return func() {}
+	}
+	return r.Task(name, m)
+}
+
+func (r Report) note(format string, args ...any) {
+	if r.Note != nil {
+		r.Note(fmt.Sprintf(format, args...))
+	}
+}
+
+// Node is a running Holdfast.
+type Node struct {
+	o          Options
+	passphrase []byte
+	repo       *repo.Repo
+	state      *state.Dir
+}
+
+// New makes a Node. Nothing is opened yet.
+func New(o Options) *Node { return &Node{o: o} }
+
+// Close closes what was opened.
+func (n *Node) Close() error {
+	if n.repo == nil {
+		return nil
+	}
+	err := n.repo.Close()
+	n.repo = nil
+	return err
+}
+
+// UsageError is an error in how a command was called.
+type UsageError struct{ Err error }
+
+func (e *UsageError) Error() string { return e.Err.Error() }
+func (e *UsageError) Unwrap() error { return e.Err }
+
+func usage(format string, args ...any) error { return &UsageError{fmt.Errorf(format, args...)} }
+
+// Location is the repository's directory, absolute.
+func (n *Node) Location() (string, error) {
+	s := n.o.Repo
+	if s == "" {
+		return "", usage("no repository: name its directory with --repo or HOLDFAST_REPO")
+	}
+	if scheme, _, ok := strings.Cut(s, "://"); ok {
+		u, err := url.Parse(s)
+		if err != nil || scheme != "file" {
+			return "", usage("repository %q: this version keeps repositories in directories; give a path or file:///path", s)
+		}
+		if u.Host != "" && u.Host != "localhost" || u.Path == "" {
+			return "", usage("repository %q: a file URL has three slashes: file:///path", s)
+		}
+		s = u.Path
+	}
+	return filepath.Abs(s)
+}
+
+// State is the state directory, opened when first needed.
+func (n *Node) State() (*state.Dir, error) {
+	if n.state != nil {
+		return n.state, nil
+	}
+	d, err := state.Open(n.o.State)
+	if err != nil {
+		return nil, err
+	}
+	n.state = d
+	return d, nil
+}
+
+// options of the repository on this machine.
+func (n *Node) options() (repo.Options, error) {
+	d, err := n.State()
+	if err != nil {
+		return repo.Options{}, err
+	}
+	return repo.Options{Cache: filepath.Join(d.Path(), "cache")}, nil
+}
+
+// Repo is the repository, opened when first needed.
+func (n *Node) Repo(ctx context.Context) (*repo.Repo, error) {
+	if n.repo != nil {
+		return n.repo, nil
+	}
+	path, err := n.Location()
+	if err != nil {
+		return nil, err
+	}
+	store, err := blob.OpenDir(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", path, repo.ErrNotRepository)
+	} else if err != nil {
+		return nil, fmt.Errorf("open the repository: %w", err)
+	}
+	if _, err := store.Get(ctx, "config", 0, 1); errors.Is(err, blob.ErrNotExist) {
+		// Before anybody is asked for a passphrase.
+		return nil, fmt.Errorf("%s: %w", path, repo.ErrNotRepository)
+	}
+	o, err := n.options()
+	if err != nil {
+		return nil, err
+	}
+	if err := n.ask(ctx, false); err != nil {
+		return nil, err
+	}
+	r, err := repo.Open(ctx, store, n.passphrase, o)
+	if err != nil {
+		return nil, fmt.Errorf("open the repository %s: %w", path, err)
+	}
+	n.repo = r
+	return r, nil
+}
+
+// ask gets the passphrase.
+func (n *Node) ask(ctx context.Context, create bool) (err error) {
+	if n.passphrase == nil {
+		n.passphrase, err = n.o.Passphrase(ctx, create)
+	}
+	return err
+}
+
+// Made is what Init made.
+type Made struct {
+	Repository string `json:"repository"` // id
+	Path       string `json:"path"`
+}
+
+// Init makes a repository in a directory that is missing or empty.
+func (n *Node) Init(ctx context.Context) (Made, error) {
+	path, err := n.Location()
+	if err != nil {
+		return Made{}, err
+	}
+	if err := vacant(path); err != nil {
+		return Made{}, err
+	}
+	o, err := n.options()
+	if err != nil {
+		return Made{}, err
+	}
+	if err := n.ask(ctx, true); err != nil {
+		return Made{}, err
+	}
+	store, err := blob.CreateDir(path)
+	if err != nil {
+		return Made{}, fmt.Errorf("make the repository: %w", err)
+	}
+	if n.repo, err = repo.Init(ctx, store, n.passphrase, o); err != nil {
+		return Made{}, fmt.Errorf("make the repository %s: %w", path, err)
+	}
+	return Made{n.repo.ID(), path}, nil
+}
+
+// vacant refuses a directory with anything in it but what an Init that died
+// has left.
+func vacant(path string) error {
+	entries, err := os.ReadDir(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("make the repository: %w", err)
+	}
+	for _, e := range entries {
+		switch e.Name() {
+		case "config":
+			return fmt.Errorf("%s: %w", path, repo.ErrExist)
+		case "keys", "keyring", "lost+found":
+		default:
+			return fmt.Errorf("%s is not empty (it holds %s): a repository needs a directory of its own", path, e.Name())
+		}
+	}
+	return nil
+}
+
+// Check proves the repository.
+func (n *Node) Check(ctx context.Context, readData bool) (*repo.CheckReport, error) {
+	r, err := n.Repo(ctx)
+	if err != nil {
+		return nil, err
+	}
+	m := &mover.Meter{}
+	end := n.o.Report.task("check", m)
+	defer end()
+	return r.Check(ctx, repo.CheckOptions{ReadData: readData, Report: m.Set})
+}

@@ -1,0 +1,322 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"holdfast/internal/disk"
+	"holdfast/internal/hypervisor"
+	"holdfast/internal/hypervisor/folder"
+	"holdfast/internal/image/qcow2"
+	"holdfast/internal/mover"
+	"holdfast/internal/repo"
+)
+
+// Restored is a file that a restore made.
+type Restored struct {
+	Disk   string `json:"disk,omitempty"` // "" for a piece of configuration
+	File   string `json:"file"`           // its path
+	Format string `json:"format,omitempty"`
+	Size   int64  `json:"size"`  // of the disk, or of the file, bytes
+	Bytes  int64  `json:"bytes"` // written
+}
+
+// FilesRequest asks for a restore to files.
+type FilesRequest struct {
+	Dir    string
+	Disk   string // "": all disks and the configuration
+	Format string // "raw" or "qcow2"; "": each disk's own on its host
+}
+
+// RestoreFiles writes a restore point's disks, sparse, and its configuration
+// into a directory, which is made if it is missing. It never overwrites. A
+// file has its name when it is complete and durable; on an error nothing of
+// this restore is left.
+func (n *Node) RestoreFiles(ctx context.Context, p repo.Point, q FilesRequest) (_ []Restored, err error) {
+	r, err := n.Repo(ctx)
+	if err != nil {
+		return nil, err
+	}
+	disks, err := chooseDisks(p, q.Disk)
+	if err != nil {
+		return nil, err
+	}
+	x := &restore{n: n, r: r, dir: q.Dir}
+	for _, d := range disks {
+		w := work{disk: d, format: fileFormat(d, q.Format)}
+		w.name = fileName(p, d, w.format)
+		x.work = append(x.work, w)
+	}
+	if q.Disk == "" {
+		for _, f := range p.Files {
+			x.work = append(x.work, work{file: f, name: f.Name})
+		}
+	}
+	if err := x.check(ctx); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, x.undo())
+		}
+	}()
+	if err := x.makeDir(); err != nil {
+		return nil, err
+	}
+	for _, w := range x.work {
+		if err := x.do(ctx, w); err != nil {
+			return nil, err
+		}
+	}
+	return x.done, disk.SyncDir(x.dir)
+}
+
+// chooseDisks picks one disk of a point, or all of them.
+func chooseDisks(p repo.Point, name string) ([]repo.Disk, error) {
+	if name == "" {
+		return p.Disks, nil
+	}
+	names := make([]string, len(p.Disks))
+	for i, d := range p.Disks {
+		if d.ID == name {
+			return []repo.Disk{d}, nil
+		}
+		names[i] = d.ID
+	}
+	return nil, fmt.Errorf("restore point %s has no disk %q; it has %s", p.ID, name, strings.Join(names, ", "))
+}
+
+// fileFormat is the format that a disk is written in.
+func fileFormat(d repo.Disk, asked string) string {
+	switch {
+	case asked != "":
+		return asked
+	case d.Format == qcow2.Name:
+		return qcow2.Name
+	}
+	return "raw"
+}
+
+// fileName is the file that a disk is written to. A disk that was an image in
+// a folder keeps its name, but for the extension when the format differs;
+// others are named by the format.
+func fileName(p repo.Point, d repo.Disk, format string) string {
+	if p.Kind != folder.Kind {
+		return d.ID + "." + format
+	}
+	if ext := filepath.Ext(d.ID); ext != "" {
+		if d.Format == format {
+			return d.ID
+		}
+		return strings.TrimSuffix(d.ID, ext) + "." + format
+	}
+	return d.ID + "." + format
+}
+
+// restore is one RestoreFiles.
+type restore struct {
+	n       *Node
+	r       *repo.Repo
+	dir     string
+	work    []work
+	made    []string // paths to remove when it fails
+	newDirs []string // directories likewise, the outermost first
+	done    []Restored
+}
+
+// work is one file to write: a disk or, if format is "", a piece of configuration.
+type work struct {
+	name   string
+	format string
+	disk   repo.Disk
+	file   repo.File
+}
+
+const partial = ".partial"
+
+// check refuses, before anything is made, what could not end well.
+func (x *restore) check(ctx context.Context) error {
+	var need int64
+	seen := map[string]bool{}
+	for _, w := range x.work {
+		if w.name == "" || filepath.Base(w.name) != w.name || !filepath.IsLocal(w.name) || seen[w.name] {
+			return fmt.Errorf("the restore point's %q cannot be the name of a file here", w.name)
+		}
+		seen[w.name] = true
+		for _, name := range []string{w.name, w.name + partial} {
+			path := filepath.Join(x.dir, name)
+			switch _, err := os.Lstat(path); {
+			case errors.Is(err, fs.ErrNotExist):
+			case err != nil:
+				return err
+			case name == w.name:
+				return fmt.Errorf("%s exists already: a restore never overwrites; name another directory", path)
+			default:
+				return fmt.Errorf("%s exists: another restore is writing it, or one that died has left it; if so, remove it", path)
+			}
+		}
+		size := w.file.Size
+		if w.format != "" {
+			data, err := x.n.dataBytes(ctx, w.disk)
+			if err != nil {
+				return err
+			}
+			// Tables of a qcow2 image: some bytes for each cluster.
+			size = data + data>>10 + 1<<20
+		}
+		need += size
+	}
+	free, err := freeBytes(existing(x.dir))
+	if err != nil {
+		return fmt.Errorf("look for space in %s: %w", x.dir, err)
+	}
+	if free >= 0 && free < need {
+		return fmt.Errorf("%s has %d MiB free, the restore needs %d MiB: name another directory, or one disk with --disk", x.dir, free>>20, need>>20+1)
+	}
+	return nil
+}
+
+// dataBytes is how much of a disk is not zeros.
+func (n *Node) dataBytes(ctx context.Context, d repo.Disk) (int64, error) {
+	src, err := n.repo.OpenDisk(ctx, d)
+	if err != nil {
+		return 0, fmt.Errorf("disk %s: %w", d.ID, err)
+	}
+	data, err := disk.DataBytes(src.Extents(ctx, 0, src.Size()))
+	return data, errors.Join(err, src.Close())
+}
+
+// existing is the nearest directory above path that exists.
+func existing(path string) string {
+	for {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+		parent := filepath.Dir(path)
+		if parent == path {
+			return path
+		}
+		path = parent
+	}
+}
+
+func (x *restore) makeDir() error {
+	abs, err := filepath.Abs(x.dir)
+	if err != nil {
+		return err
+	}
+	for dir, there := abs, existing(abs); dir != there; dir = filepath.Dir(dir) {
+		x.newDirs = append(x.newDirs, dir)
+	}
+	slices.Reverse(x.newDirs)
+	if err := os.MkdirAll(abs, 0o755); err != nil {
+		return fmt.Errorf("restore: %w", err)
+	}
+	for _, dir := range x.newDirs {
+		if err := disk.SyncDir(filepath.Dir(dir)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// undo removes what was made.
+func (x *restore) undo() error {
+	var errs []error
+	for _, path := range x.made {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	for _, dir := range slices.Backward(x.newDirs) {
+		// One that is not empty holds something that is not ours.
+		_ = os.Remove(dir)
+	}
+	return errors.Join(errs...)
+}
+
+func (x *restore) do(ctx context.Context, w work) error {
+	path := filepath.Join(x.dir, w.name)
+	tmp := path + partial
+	var res Restored
+	var err error
+	if w.format == "" {
+		res, err = x.file(ctx, tmp, w.file)
+	} else {
+		res, err = x.disk(ctx, tmp, w)
+	}
+	if err == nil {
+		if err = rename(tmp, path); err == nil {
+			x.made = append(x.made, path)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("restore %s: %w", w.name, err)
+	}
+	res.File = path
+	x.done = append(x.done, res)
+	return nil
+}
+
+func (x *restore) file(ctx context.Context, path string, f repo.File) (Restored, error) {
+	data, err := x.r.ReadFile(ctx, f)
+	if err != nil {
+		return Restored{}, err
+	}
+	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return Restored{}, err
+	}
+	x.made = append(x.made, path)
+	_, err = out.Write(data)
+	if err == nil {
+		err = out.Sync()
+	}
+	return Restored{Size: f.Size, Bytes: f.Size}, errors.Join(err, out.Close())
+}
+
+func (x *restore) disk(ctx context.Context, path string, w work) (Restored, error) {
+	var out hypervisor.WriteCloser
+	var err error
+	if w.format == qcow2.Name {
+		out, err = qcow2.Create(path, w.disk.Size, qcow2.Options{})
+	} else {
+		out, err = disk.CreateFile(path, w.disk.Size)
+	}
+	if err != nil {
+		return Restored{}, err
+	}
+	x.made = append(x.made, path)
+	written, err := x.n.fill(ctx, out, w.disk, w.disk.ID)
+	return Restored{Disk: w.disk.ID, Format: w.format, Size: w.disk.Size, Bytes: written}, errors.Join(err, out.Close())
+}
+
+// fill copies a restore point's disk to a new one, which reads as zeros, and
+// flushes it.
+func (n *Node) fill(ctx context.Context, out disk.Writer, d repo.Disk, name string) (written int64, err error) {
+	src, err := n.repo.OpenDisk(ctx, d)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, src.Close()) }()
+	extents := func() disk.Extents { return src.Extents(ctx, 0, src.Size()) }
+	total, err := disk.DataBytes(extents())
+	if err != nil {
+		return 0, err
+	}
+	m := &mover.Meter{}
+	m.AddTotal(total)
+	end := n.o.Report.task(name, m)
+	defer end()
+	c, err := mover.Copy(ctx, out, src, extents(), mover.Options{Align: repo.ChunkSize, Meter: m})
+	if err != nil {
+		return c.Written, err
+	}
+	return c.Written, out.Flush(ctx)
+}
