@@ -26,7 +26,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"holdfast/internal/hypervisor"
@@ -165,13 +164,21 @@ func (t *task) warn(format string, args ...any) {
 	t.result.Warnings = append(t.result.Warnings, fmt.Sprintf(format, args...))
 }
 
-// prepare opens the lease, finds the history, cleans up after dead runs and
-// enters this one into the journal.
+// prepare enters the run into the journal, opens its lease, finds the history
+// and cleans up after dead runs. The journal comes first: with it the next run
+// finds even a lease that was opened by a call that failed.
 func (t *task) prepare(ctx context.Context) (err error) {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
 	t.session = state.NewID()
+	t.journal, err = t.job.State.NewRun(state.RunRecord{
+		ID: t.session, Started: t.started.UTC(), Repository: t.job.Repo.ID(),
+		Tasks: []state.Task{{Host: t.job.Host, VM: t.vm.Name, VMID: string(t.vm.ID), Step: "lease"}},
+	})
+	if err != nil {
+		return err
+	}
 	if t.write, err = t.job.Repo.Begin(ctx, t.session); err != nil {
 		return err
 	}
@@ -183,11 +190,9 @@ func (t *task) prepare(ctx context.Context) (err error) {
 	if err := t.clean(ctx, points); err != nil {
 		return err
 	}
-	t.journal, err = t.job.State.NewRun(state.RunRecord{
-		ID: t.session, Started: t.started.UTC(), Repository: t.job.Repo.ID(),
-		Tasks: []state.Task{{Host: t.job.Host, VM: t.vm.Name, VMID: string(t.vm.ID), History: string(t.history), Step: "snapshot"}},
+	return t.journal.Update(func(r *state.RunRecord) {
+		r.Tasks[0].History, r.Tasks[0].Step = string(t.history), "snapshot"
 	})
-	return err
 }
 
 // find sets history and base: the newest point of this VM's identity tells the
@@ -208,50 +213,45 @@ func (t *task) find(points []repo.Point) {
 	}
 }
 
-// clean removes what dead sessions of this repository left on the VM.
+// clean removes what dead sessions of this repository left on the VM. The
+// reference points that the newest point of a history names stay.
 func (t *task) clean(ctx context.Context, points []repo.Point) error {
-	dead, err := t.deadSessions(ctx, points)
+	var keep []hypervisor.ReferencePoint
+	newest := map[repo.HistoryID]bool{}
+	for _, p := range slices.Backward(points) {
+		if !newest[p.History] && p.Reference != "" {
+			keep = append(keep, hypervisor.ReferencePoint(p.Reference))
+		}
+		newest[p.History] = true
+	}
+	dead, err := t.dead(ctx)
 	if err != nil {
 		return err
 	}
-	removed, err := t.job.Source.Clean(ctx, t.vm.ID, t.job.Repo.ID(), dead)
+	removed, err := t.job.Source.Clean(ctx, t.vm.ID, t.job.Repo.ID(), dead, keep)
 	if err != nil {
 		return fmt.Errorf("clean up after an earlier run: %w", err)
 	}
 	for _, what := range removed {
-		t.result.Notes = append(t.result.Notes, "removed what an interrupted run had left: "+what)
+		t.result.Notes = append(t.result.Notes, "removed what an earlier run had left: "+what)
 	}
 	return t.endDeadRuns(ctx)
 }
 
-// deadSessions gives the test of whether a session's things on the VM may go.
-// They stay while its process runs, here or (as far as its lease tells)
-// elsewhere, and while the newest point of a history names its reference.
-func (t *task) deadSessions(ctx context.Context, points []repo.Point) (func(string) bool, error) {
-	var references []string
-	newest := map[repo.HistoryID]bool{}
-	for _, p := range slices.Backward(points) {
-		if !newest[p.History] && p.Reference != "" {
-			references = append(references, p.Reference)
-		}
-		newest[p.History] = true
-	}
+// dead gives the test of whether a session is over: not while its process
+// runs, here or, as far as its lease tells, elsewhere.
+func (t *task) dead(ctx context.Context) (func(session string) bool, error) {
 	runs, err := t.job.State.Runs()
 	if err != nil {
 		return nil, err
 	}
-	alive := map[string]bool{t.session: true}
+	alive := map[string]bool{}
 	for _, r := range runs {
 		alive[r.ID] = r.Alive
 	}
 	return func(session string) bool {
-		here, known := alive[session]
-		inUse := func(ref string) bool { return strings.Contains(ref, session) }
-		if here || session == "" || slices.ContainsFunc(references, inUse) {
-			return false
-		}
-		if known {
-			return true
+		if here, known := alive[session]; known {
+			return !here
 		}
 		open, err := t.job.Repo.LeaseOpen(ctx, session)
 		return err == nil && !open
@@ -294,30 +294,42 @@ func (t *task) since() hypervisor.ReferencePoint {
 	return hypervisor.ReferencePoint(t.base.Reference)
 }
 
-// finish releases what the task holds and writes the result.
+// finish releases what the task holds and writes the result. What cannot be
+// released stays in the journal, for the next run to clean up.
 func (t *task) finish(err error) {
+	var left []error
 	if t.snapshot != nil {
 		t.step("closing")
-		if closeErr := t.snapshot.Close(); closeErr != nil {
-			t.warn("the host needs a cure: %v", closeErr)
-		}
+		t.closeSnapshot()
 	}
 	if t.write != nil {
-		if closeErr := t.write.Close(); closeErr != nil && err == nil {
-			t.warn("end of the lease: %v", closeErr)
-		}
+		left = append(left, t.write.Close())
+	} else if t.journal != nil { // a failed Begin may have opened its lease
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		left = append(left, t.job.Repo.EndLease(ctx, t.session))
+	}
+	if e := errors.Join(left...); e != nil && err == nil {
+		t.warn("end of the lease: %v", e)
 	}
 	if t.journal != nil {
 		end := t.journal.End
-		if len(t.result.Warnings) > 0 {
-			end = t.journal.Abandon // the next run cleans up
+		if errors.Join(left...) != nil || len(t.result.Warnings) > 0 {
+			end = t.journal.Abandon
 		}
-		if endErr := end(); endErr != nil {
-			t.warn("journal: %v", endErr)
+		if e := end(); e != nil {
+			t.warn("journal: %v", e)
 		}
 	}
 	t.result.Seconds = time.Since(t.started).Seconds()
 	if err != nil {
 		t.result.fail(err)
 	}
+}
+
+func (t *task) closeSnapshot() {
+	if err := t.snapshot.Close(); err != nil {
+		t.warn("the host needs a cure, which the next run tries: %v", err)
+	}
+	t.snapshot = nil
 }

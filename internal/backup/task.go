@@ -112,10 +112,7 @@ func (t *task) afterCommit(ctx context.Context, p *repo.Point) {
 		t.warn("journal: %v", err)
 	}
 	t.step("closing")
-	if err := t.snapshot.Close(); err != nil {
-		t.warn("the host needs a cure: %v", err)
-	}
-	t.snapshot = nil
+	t.closeSnapshot()
 	old := t.since()
 	if old == "" || string(old) == p.Reference {
 		return

@@ -137,9 +137,10 @@ type Source interface {
 	Forget(ctx context.Context, id VMID, ref ReferencePoint) error
 	// Clean removes from the VM what sessions of the repository left there
 	// (jobs, snapshots, reference points, scratch files) where dead(session)
-	// says that the session is over and its things are not needed. It says
-	// what it removed. Foreign things are never touched.
-	Clean(ctx context.Context, id VMID, repository string, dead func(session string) bool) ([]string, error)
+	// says that the session is over; only reference points in keep stay, which
+	// restore points name. It says what it removed. Foreign things are never
+	// touched.
+	Clean(ctx context.Context, id VMID, repository string, dead func(session string) bool, keep []ReferencePoint) ([]string, error)
 	Close() error
 }
 

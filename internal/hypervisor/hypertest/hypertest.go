@@ -500,14 +500,14 @@ func abandoned(t *testing.T, s *suite) {
 	}
 	s.Source = s.Abandon(t)
 	left := s.Things(t)
-	did, err := s.Source.Clean(t.Context(), s.VM, s.owner.Repository, func(string) bool { return false })
+	did, err := s.Source.Clean(t.Context(), s.VM, s.owner.Repository, func(string) bool { return false }, nil)
 	if err != nil || len(did) > 0 {
 		t.Errorf("cleaning while the session lives: %q, %v", did, err)
 	}
 	if now := s.Things(t); !slices.Equal(left, now) {
 		t.Errorf("a living session's things were touched:\nbefore %q\nafter  %q", left, now)
 	}
-	did, err = s.Source.Clean(t.Context(), s.VM, s.owner.Repository, func(session string) bool { return session == req.Owner.Session })
+	did, err = s.Source.Clean(t.Context(), s.VM, s.owner.Repository, func(session string) bool { return session == req.Owner.Session }, nil)
 	if err != nil {
 		t.Errorf("clean: %v", err)
 	}
@@ -527,7 +527,7 @@ func abandoned(t *testing.T, s *suite) {
 func foreign(t *testing.T, s *suite) {
 	ref := s.finish(t, s.take(t, ""))
 	before := s.Things(t)
-	did, err := s.Source.Clean(t.Context(), s.VM, hexID("another repository", 0), func(string) bool { return true })
+	did, err := s.Source.Clean(t.Context(), s.VM, hexID("another repository", 0), func(string) bool { return true }, nil)
 	if err != nil || len(did) > 0 {
 		t.Errorf("cleaned: %q, %v", did, err)
 	}

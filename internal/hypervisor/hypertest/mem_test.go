@@ -98,7 +98,7 @@ func TestCrash(t *testing.T) {
 		if _, err := c.VMs(t.Context()); !errors.Is(err, ErrCrashed) {
 			t.Errorf("step %d: the dead process goes on", n)
 		}
-		if _, err := m.Connect().Clean(t.Context(), f.VM, "00", func(string) bool { return true }); err != nil {
+		if _, err := m.Connect().Clean(t.Context(), f.VM, "00", func(string) bool { return true }, nil); err != nil {
 			t.Errorf("step %d: %v", n, err)
 		}
 		if left := m.Things(); len(left) > 0 {

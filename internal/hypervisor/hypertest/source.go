@@ -141,7 +141,7 @@ func (c *Conn) Forget(ctx context.Context, id hypervisor.VMID, ref hypervisor.Re
 }
 
 // Clean ends jobs and removes reference points of dead sessions.
-func (c *Conn) Clean(ctx context.Context, id hypervisor.VMID, repository string, dead func(session string) bool) ([]string, error) {
+func (c *Conn) Clean(ctx context.Context, id hypervisor.VMID, repository string, dead func(session string) bool, keep []hypervisor.ReferencePoint) ([]string, error) {
 	if err := c.step(ctx, "clean", id); err != nil {
 		return nil, err
 	}
@@ -176,7 +176,7 @@ func (c *Conn) Clean(ctx context.Context, id hypervisor.VMID, repository string,
 		vm.job = nil
 	}
 	for _, ref := range slices.Sorted(maps.Keys(vm.marks)) {
-		if stale[string(ref)] {
+		if stale[string(ref)] && !slices.Contains(keep, ref) {
 			did = append(did, "removed reference point "+string(ref))
 			delete(vm.marks, ref)
 		}

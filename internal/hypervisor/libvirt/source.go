@@ -70,7 +70,7 @@ func (h *Host) Forget(ctx context.Context, id hypervisor.VMID, ref hypervisor.Re
 // guest: elsewhere they are not seen), scratch files and sockets. Files of
 // hosts that are not this machine are left to libvirt, which removes them with
 // their job.
-func (h *Host) Clean(ctx context.Context, id hypervisor.VMID, repository string, dead func(session string) bool) ([]string, error) {
+func (h *Host) Clean(ctx context.Context, id hypervisor.VMID, repository string, dead func(session string) bool, keep []hypervisor.ReferencePoint) ([]string, error) {
 	d, err := h.domain(ctx, id)
 	if err != nil {
 		return nil, err
@@ -79,7 +79,7 @@ func (h *Host) Clean(ctx context.Context, id hypervisor.VMID, repository string,
 		o, ok := parseOwned(name)
 		return ok && o.Repository == fmt.Sprintf("%.8s", repository) && dead(o.Session)
 	}
-	c := &cleaner{h: h, d: d, ours: ours}
+	c := &cleaner{h: h, d: d, ours: ours, keep: keep}
 	for _, step := range []func(context.Context) error{c.job, c.shell, c.checkpoints, c.files} {
 		if err := step(ctx); err != nil {
 			return c.did, fmt.Errorf("clean %s: %w", d.Name, err)
@@ -92,6 +92,7 @@ type cleaner struct {
 	h    *Host
 	d    virt.Domain
 	ours func(name string) bool
+	keep []hypervisor.ReferencePoint
 	did  []string
 }
 
@@ -130,7 +131,7 @@ func (c *cleaner) checkpoints(ctx context.Context) error {
 	}
 	var stale []string
 	for _, name := range all {
-		if c.ours(name) {
+		if c.ours(name) && !slices.Contains(c.keep, hypervisor.ReferencePoint(name)) {
 			stale = append(stale, name)
 		}
 	}

@@ -1,0 +1,41 @@
+package repo
+
+import (
+	"flag"
+	"path/filepath"
+	"testing"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/seal"
+)
+
+var update = flag.Bool("update", false, "make testdata anew")
+
+// The fixture of repotest was made by this; it must stay readable.
+func TestFixture(t *testing.T) {
+	dir := filepath.Join("repotest", "empty")
+	if *update {
+		store, err := blob.CreateDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cheap := seal.KDF{Name: "argon2id", Time: 1, Memory: 64, Threads: 1, Root: 1}
+		r, err := initialize(ctx, store, []byte("test"), Options{Cache: t.TempDir()}, cheap)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Close()
+	}
+	store, err := blob.OpenDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := Open(ctx, store, []byte("test"), Options{Cache: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if points, err := r.Points(ctx); err != nil || len(points) > 0 {
+		t.Fatalf("%v, %v", points, err)
+	}
+}

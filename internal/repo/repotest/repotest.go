@@ -1,0 +1,57 @@
+// Package repotest has an empty repository for other packages' tests, made
+// once with a key derivation so cheap that opening it takes no time. It is
+// never to hold anything that matters.
+package repotest
+
+import (
+	"context"
+	"embed"
+	"io/fs"
+	"path"
+	"testing"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo"
+)
+
+// Passphrase opens it.
+const Passphrase = "test"
+
+//go:embed empty
+var empty embed.FS
+
+// Store gives a store that holds the empty repository.
+func Store(t testing.TB) *blob.Mem {
+	t.Helper()
+	s := new(blob.Mem)
+	err := fs.WalkDir(empty, "empty", func(name string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		p, err := empty.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		rel := name[len("empty/"):]
+		return s.Put(context.Background(), path.Clean(rel), p)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// Open opens the repository on a store that Store gave, until the test ends.
+func Open(t testing.TB, s blob.Store) *repo.Repo {
+	t.Helper()
+	r, err := repo.Open(context.Background(), s, []byte(Passphrase), repo.Options{Cache: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
