@@ -85,16 +85,9 @@ func syncAll(dir string) error {
 	return unix.Syncfs(int(f.Fd()))
 }
 
-// same compares the disk with the one file in dir.
+// same compares the disk with the one that was restored.
 func same(ctx context.Context, disk, dir string) error {
-	names, err := filepath.Glob(filepath.Join(dir, "*"))
-	if err != nil {
-		return err
-	}
-	if len(names) != 1 {
-		return fmt.Errorf("restore made %v, not one file", names)
-	}
-	return command(ctx, "cmp", disk, names[0])
+	return command(ctx, "cmp", disk, filepath.Join(dir, filepath.Base(disk)))
 }
 
 func command(ctx context.Context, name string, args ...string) error {

@@ -17,7 +17,7 @@ func (b *bench) report() string {
 		time.Now().UTC().Format("2006-01-02"), b.runs)
 	fmt.Fprintf(&s, "Compare only within one run, as ratios: they are of the medians.\n\n")
 	fmt.Fprintf(&s, "| | |\n|---|---|\n| program | %s |\n| processor | %s, %d cores |\n| memory | %s |\n| kernel | %s |\n| filesystem of the data | %s |\n| qemu-img | %s |\n| disk | %.1f GiB, of which %.1f GiB data: a copy of this machine's /usr in ext4 |\n\n",
-		fact("", b.bin, "--version"), strings.TrimPrefix(fact("model name", "/proc/cpuinfo"), "model name : "), runtime.NumCPU(),
+		fact("", b.bin, "version"), strings.TrimPrefix(fact("model name", "/proc/cpuinfo"), "model name : "), runtime.NumCPU(),
 		strings.TrimPrefix(fact("MemTotal", "/proc/meminfo"), "MemTotal: "), fact("", "uname", "-sr"),
 		fact("", "stat", "-f", "-c", "%T", b.data), fact("version", "qemu-img", "--version"), gib(b.size), gib(b.used))
 

@@ -211,7 +211,7 @@ func TestWrongUse(t *testing.T) {
 		{"undo nosuch", 1, "nosuch"},
 		{"init", 1, "already"},
 		{"vms /nonexistent", 1, "/nonexistent"},
-		{"vms bogus://host", 1, "bogus"},
+		{"vms bogus://host", 2, "bogus"},
 		{"backup " + vms + " nosuch", 1, "nosuch"},
 		{"backup " + empty, 1, ""},
 		{"backup " + host + " lab-nosuch", 1, "lab-nosuch"},

@@ -186,8 +186,8 @@ func (w *world) refused(r cli.Result, code int, words ...string) {
 	if r.Code != code {
 		w.t.Errorf("holdfast %s: exit status %d, not %d: %s", strings.Join(r.Args, " "), r.Code, code, r.Stderr)
 	}
-	if line == "" || len(line) > 600 {
-		w.t.Errorf("the error is not a short line: %q", r.Stderr)
+	if !strings.HasPrefix(line, "holdfast: ") || len(line) > 600 || strings.Count(r.Stderr, "holdfast: ") != 1 {
+		w.t.Errorf("the error is not one short line: %q", r.Stderr)
 	}
 	for _, word := range words {
 		if !strings.Contains(strings.ToLower(line), strings.ToLower(word)) {
