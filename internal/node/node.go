@@ -25,6 +25,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"holdfast/internal/blob"
@@ -169,6 +170,9 @@ func (n *Node) Repo(ctx context.Context) (*repo.Repo, error) {
 		return nil, fmt.Errorf("open the repository %s: %w", path, err)
 	}
 	n.repo = r
+	for _, what := range r.Damage() {
+		n.o.Report.note("warning: the repository is damaged, what can be read is read; run check: %s", what)
+	}
 	return r, nil
 }
 
@@ -221,10 +225,11 @@ func vacant(path string) error {
 	} else if err != nil {
 		return fmt.Errorf("make the repository: %w", err)
 	}
+	if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == "config" }) {
+		return fmt.Errorf("%s: %w", path, repo.ErrExist)
+	}
 	for _, e := range entries {
 		switch e.Name() {
-		case "config":
-			return fmt.Errorf("%s: %w", path, repo.ErrExist)
 		case "keys", "keyring", "lost+found":
 		default:
 			return fmt.Errorf("%s is not empty (it holds %s): a repository needs a directory of its own", path, e.Name())

@@ -1,0 +1,61 @@
+package codec
+
+import (
+	"bytes"
+	"crypto/rand"
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+func TestRoundTrip(t *testing.T) {
+	noise := make([]byte, 65536)
+	rand.Read(noise)
+	for _, p := range [][]byte{nil, {0}, []byte("a"), bytes.Repeat([]byte("text "), 13000), noise} {
+		e := Encode([]byte("before"), p)
+		if !bytes.HasPrefix(e, []byte("before")) || len(e) > len("before")+1+len(p) {
+			t.Fatalf("%d bytes become %d", len(p), len(e))
+		}
+		got, err := Decode([]byte("x"), e[6:], len(p))
+		if err != nil || !bytes.Equal(got[1:], p) {
+			t.Fatalf("%d bytes: %v", len(p), err)
+		}
+		if len(p) > 0 {
+			if _, err := Decode(nil, e[6:], len(p)-1); err == nil {
+				t.Error("more is decoded than is allowed")
+			}
+		}
+	}
+}
+
+// Two frames, a frame without its size, and a bomb are refused.
+func TestHostile(t *testing.T) {
+	enc, _ := zstd.NewWriter(nil)
+	frame := enc.EncodeAll(make([]byte, 1000), nil)
+	bomb := enc.EncodeAll(make([]byte, 100<<20), nil)
+	var streamed bytes.Buffer
+	w, _ := zstd.NewWriter(&streamed)
+	w.Write(make([]byte, 1000))
+	w.Flush()
+	w.Close()
+	for name, p := range map[string][]byte{
+		"two frames": append(append([]byte{1}, frame...), frame...),
+		"no size":    append([]byte{1}, streamed.Bytes()...),
+		"bomb":       append([]byte{1}, bomb...),
+		"codec":      {9, 1, 2},
+		"empty":      {},
+	} {
+		if got, err := Decode(nil, p, 1000); err == nil {
+			t.Errorf("%s: %d bytes", name, len(got))
+		}
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add(Encode(nil, bytes.Repeat([]byte("ab"), 100)))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		if got, err := Decode(nil, p, 4096); err == nil && len(got) > 4096 {
+			t.Errorf("%d bytes", len(got))
+		}
+	})
+}
