@@ -218,7 +218,7 @@ func TestWrongUse(t *testing.T) {
 		{"points nosuch", 1, "nosuch"},
 		{"show nosuch", 1, "nosuch"},
 		{"show nosuch@latest", 1, "nosuch"},
-		{"show web@yesterday", 1, ""},
+		{"show web@yesterday", 2, "latest"},
 		{"show 0123456789abcdef0123456789abcdef", 1, "0123"},
 		{"restore " + point + " --to " + taken, 1, "exist"},
 		{"--repo " + empty + " points", 1, "init"},

@@ -39,9 +39,8 @@ func (w *world) images() string {
 	w.ok(os.MkdirAll(filepath.Join(vms, "set"), 0o755))
 	w.run("qemu-img", "create", "-q", "-f", "raw", filepath.Join(vms, "web.raw"), "64M")
 	w.run("qemu-io", "-f", "raw", "-c", "write -P 1 0 5m", "-c", "write -P 2 40m 1m", filepath.Join(vms, "web.raw"))
-	chain := filepath.Join(w.dir, "chain")
-	w.ok(os.MkdirAll(chain, 0o755))
-	base, mid, top := filepath.Join(chain, "base.qcow2"), filepath.Join(chain, "mid.qcow2"), filepath.Join(vms, "set", "system.qcow2")
+	set := filepath.Join(vms, "set")
+	base, mid, top := filepath.Join(set, "base.qcow2"), filepath.Join(set, "mid.qcow2"), filepath.Join(set, "system.qcow2")
 	w.run("qemu-img", "create", "-q", "-f", "qcow2", base, "96M")
 	w.run("qemu-io", "-c", "write -P 3 0 8m", base)
 	w.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", mid)
@@ -68,6 +67,11 @@ func TestFolder(t *testing.T) {
 	w.must("restore", "set@latest", "--to", filepath.Join(dir, "set"), "--format", "raw")
 	w.same(filepath.Join(vms, "set", "system.qcow2"), filepath.Join(dir, "set", "system.raw"))
 	w.same(filepath.Join(vms, "set", "data.raw"), filepath.Join(dir, "set", "data.raw"))
+
+	// An image that names a file outside the host's directory is not followed.
+	w.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", filepath.Join(w.Repo, "config"), "-F", "raw", filepath.Join(vms, "spy.qcow2"))
+	w.refused(w.Run(w.ctx, "backup", vms, "spy"), 1, "outside")
+	w.ok(os.Remove(filepath.Join(vms, "spy.qcow2")))
 
 	// Nothing changed, nothing new; then a little.
 	again := w.backup(vms, "web")
