@@ -306,7 +306,7 @@ func TestURI(t *testing.T) {
 	for _, uri := range []string{
 		"", "nbd", "http://x/", "nbd:///x", "nbd:x", "nbd+unix:///x", "nbd+unix://host/x?socket=/s", "nbd://h/?socket=/s",
 		"nbd://user@h/", "nbd://h/?x=1", "nbd://h/?tls-verify-peer=0", "nbds://h/?tls-type=psk", "nbd://h/#f", "nbd://h/%00",
-		"nbd+unix:///?socket=/a&socket=/b", "nbd://h/%ff", "nbd://h:x/",
+		"nbd+unix:///?socket=/a&socket=/b", "nbd://h/%ff", "nbd://h:x/", "nbd://::", "nbd://h:0/", "nbd://h:65536/",
 	} {
 		if got, err := ParseURI(uri); err == nil {
 			t.Errorf("%q is %+v", uri, got)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -16,13 +17,12 @@ import (
 // script is a connection whose peer says p and then hangs up, and takes
 // whatever it is told.
 type script struct {
-	p      *bytes.Reader
-	told   int
-	closed chan struct{}
+	p    *bytes.Reader
+	told int
 }
 
 func newScript(parts ...[]byte) *script {
-	return &script{p: bytes.NewReader(slices.Concat(parts...)), closed: make(chan struct{}, 100)}
+	return &script{p: bytes.NewReader(slices.Concat(parts...))}
 }
 
 func (s *script) Read(p []byte) (int, error) { return s.p.Read(p) }
@@ -36,30 +36,6 @@ func (s *script) RemoteAddr() net.Addr             { return s.LocalAddr() }
 func (s *script) SetDeadline(time.Time) error      { return nil }
 func (s *script) SetReadDeadline(time.Time) error  { return nil }
 func (s *script) SetWriteDeadline(time.Time) error { return nil }
-
-// one hands its connection to Accept, then ends when closed.
-type one struct {
-	nc   chan net.Conn
-	done chan struct{}
-}
-
-func (o *one) Accept() (net.Conn, error) {
-	select {
-	case nc := <-o.nc:
-		return nc, nil
-	case <-o.done:
-		return nil, net.ErrClosed
-	}
-}
-func (o *one) Close() error {
-	select {
-	case <-o.done:
-	default:
-		close(o.done)
-	}
-	return nil
-}
-func (o *one) Addr() net.Addr { return &net.UnixAddr{Name: "fuzz", Net: "unix"} }
 
 // serveScript lets the server serve what the script says, to its end.
 func serveScript(t *testing.T, s *script, m *disk.Mem, o ServerOptions) {
@@ -204,13 +180,12 @@ func FuzzClientReplies(f *testing.F) {
 			far.Write(p)
 			far.Close()
 		}()
-		for _, c := range calls { // one after another, so that cookies are 1, 2, 3
+		for i, c := range calls { // one after another, so that cookies are 1, 2, 3
 			go func() { errs <- l.do(context.Background(), c) }()
 			<-sent
-			for queued := true; queued; { // taken into pending
+			for queued := false; !queued; runtime.Gosched() {
 				l.mu.Lock()
-				queued = l.cookie == 0 || l.pending[l.cookie] == nil
-				queued = queued && l.err == nil
+				queued = l.cookie == uint64(i+1) || l.err != nil
 				l.mu.Unlock()
 			}
 		}

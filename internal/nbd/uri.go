@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
+	"strconv"
 	"strings"
 )
 
@@ -78,15 +80,27 @@ func parseURI(uri string) (Address, error) {
 	if a.Addr != "" {
 		return Address{}, errors.New("socket= needs the scheme nbd+unix or nbds+unix")
 	}
-	if u.Hostname() == "" {
-		return Address{}, errors.New("no host")
+	a.Addr, err = hostPort(u.Hostname(), u.Port())
+	return a, err
+}
+
+// hostPort checks and joins the host, bare, and the port of a URI.
+func hostPort(host, port string) (string, error) {
+	if host == "" {
+		return "", errors.New("no host")
 	}
-	port := u.Port()
+	if strings.Contains(host, ":") {
+		if _, err := netip.ParseAddr(host); err != nil {
+			return "", fmt.Errorf("host %q is no IPv6 address", host)
+		}
+	}
 	if port == "" {
 		port = DefaultPort
 	}
-	a.Addr = net.JoinHostPort(u.Hostname(), port)
-	return a, nil
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return "", fmt.Errorf("port %q is none of 1 to 65535", port)
+	}
+	return net.JoinHostPort(host, port), nil
 }
 
 func (a *Address) parameters(q url.Values) error {
