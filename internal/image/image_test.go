@@ -208,6 +208,34 @@ func TestOpenClosesOnError(t *testing.T) {
 	}
 }
 
+func TestDepthIsBounded(t *testing.T) {
+	rnd, closed := disktest.Rand(t), 0
+	for depth, want := range map[int]error{maxDepth: nil, maxDepth + 1: ErrFormat} {
+		fs := Formats{{Name: "toy", Open: func(_ context.Context, f File, _ Resolver) (Layer, error) {
+			parent := f.Name + "x"
+			if len(parent) > depth {
+				parent = ""
+			}
+			return newToy(t, rnd, 4096, parent, &closed), nil
+		}}}
+		open := func(_ context.Context, _, name string) (File, error) {
+			return File{Name: name, Disk: disk.NewMem(4096)}, nil
+		}
+		c, err := fs.Open(t.Context(), File{Name: "x", Disk: disk.NewMem(4096)}, "toy", open)
+		if !errors.Is(err, want) {
+			t.Errorf("%d layers: %v", depth, err)
+		}
+		if err == nil {
+			if err := c.ReadAt(t.Context(), make([]byte, 4096), 0); err != nil || len(c.Files()) != depth || c.Close() != nil {
+				t.Errorf("%d layers: %v", depth, err)
+			}
+		}
+	}
+	if closed != 2*maxDepth {
+		t.Errorf("closed %d layers", closed)
+	}
+}
+
 type counted struct {
 	*disk.Mem
 	n *int

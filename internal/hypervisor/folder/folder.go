@@ -46,7 +46,8 @@
 // A guest cannot be quiesced from here. So an image in use gives
 // crash consistency and is refused where more is asked for; an image that
 // nobody writes satisfies every level. With Live an image in use is read even
-// without a clone, and the point says that it is not of one instant.
+// without a clone, and the point says that it is not of one instant: it may
+// hold of each cluster an older or a newer state, and is a last resort.
 //
 // There is no change tracking: the caller reads and compares.
 package folder

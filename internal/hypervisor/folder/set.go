@@ -64,6 +64,47 @@ func (t *set) open(rel string) (image.File, error) {
 	return image.File{Name: rel, Disk: keep{x.d}}, nil
 }
 
+// growing is the file of a qcow2 image that is read while it is written: new
+// clusters come behind its end of before.
+type growing struct {
+	d disk.Reader // as it was when it was opened
+	f *os.File
+}
+
+func (g growing) Close() error { return nil }
+
+func (g growing) Size() int64 {
+	info, err := g.f.Stat()
+	if err != nil {
+		return g.d.Size()
+	}
+	return max(info.Size(), g.d.Size())
+}
+
+func (g growing) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if disk.CheckRange(g.d.Size(), off, int64(len(p))) == nil {
+		return g.d.ReadAt(ctx, p, off)
+	}
+	if err := errors.Join(ctx.Err(), disk.CheckRange(g.Size(), off, int64(len(p)))); err != nil {
+		return err
+	}
+	if _, err := g.f.ReadAt(p, off); err != nil {
+		return fmt.Errorf("read %s at %d: %w", g.f.Name(), off, err)
+	}
+	return nil
+}
+
+// Extents knows only data: nobody asks for those of a qcow2 image's file.
+func (g growing) Extents(_ context.Context, off, n int64) disk.Extents {
+	if err := disk.CheckRange(g.Size(), off, n); err != nil {
+		return disk.Fail(err)
+	}
+	if n == 0 {
+		return disk.List()
+	}
+	return disk.List(disk.Extent{Off: off, Len: n})
+}
+
 // resolve is the image.Resolver: files in the folder, and nothing else.
 func (t *set) resolve(_ context.Context, from, name string) (image.File, error) {
 	rel, err := t.src.locate(from, name)

@@ -15,6 +15,7 @@ import (
 	"holdfast/internal/disk"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/image"
+	"holdfast/internal/image/qcow2"
 )
 
 const (
@@ -72,7 +73,7 @@ func (s *Source) try(ctx context.Context, v vm, owner hypervisor.Owner, o hyperv
 			err = errors.Join(err, snap.Close())
 		}
 	}()
-	bad := snap.openDisks(ctx, v) // finds out which files it takes
+	bad := snap.openDisks(ctx, v, o.Live) // finds out which files it takes
 	cloned := false
 	if bad == nil {
 		cloned, bad = snap.clone(ctx, v, owner)
@@ -142,8 +143,9 @@ type snapshot struct {
 
 var _ hypervisor.Snapshot = (*snapshot)(nil)
 
-// openDisks opens all images with their parents.
-func (p *snapshot) openDisks(ctx context.Context, v vm) error {
+// openDisks opens all images with their parents. live means that they may be
+// written while they are read.
+func (p *snapshot) openDisks(ctx context.Context, v vm, live bool) error {
 	p.notes, p.disks = nil, map[hypervisor.DiskID]*image.Chain{}
 	for i, m := range v.images {
 		if m.err != nil {
@@ -158,6 +160,9 @@ func (p *snapshot) openDisks(ctx context.Context, v vm) error {
 		f, err := p.set.open(m.rel)
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", path.Base(m.rel), err)
+		}
+		if x := p.set.files[m.rel]; live && x.clone == nil && m.format == qcow2.Name {
+			f.Disk = growing{d: x.d, f: x.f}
 		}
 		c, err := formats().Open(ctx, f, m.format, p.set.resolve)
 		if err != nil {
@@ -178,7 +183,7 @@ func (p *snapshot) clone(ctx context.Context, v vm, owner hypervisor.Owner) (boo
 	if err := p.closeDisks(); err != nil {
 		return true, err
 	}
-	return true, p.openDisks(ctx, v)
+	return true, p.openDisks(ctx, v, false)
 }
 
 func (p *snapshot) note(live, cloned bool, unstable int) {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -91,6 +90,10 @@ func walk(ctx context.Context, b []byte) error {
 }
 
 func TestHostileImages(t *testing.T) {
+	good := newSmall(t)
+	if err := walk(t.Context(), good.b); err != nil {
+		t.Fatalf("the image itself is not good: %v", err)
+	}
 	for name, c := range map[string]struct {
 		do   func(s *small)
 		want string // part of the error
@@ -158,16 +161,14 @@ func TestHostileImages(t *testing.T) {
 		"raw data file with a backing file": {func(s *small) { s.dataFile("d"); s.b[95] |= bitRawData; s.put64(8, 200); s.put32(16, 1) }, "exclude", image.ErrFormat},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newSmall(t)
-			c.do(s)
+			s := *good
+			s.b = bytes.Clone(good.b)
+			c.do(&s)
 			err := walk(t.Context(), s.b)
 			if err == nil || !strings.Contains(err.Error(), c.want) || !errors.Is(err, c.is) {
 				t.Errorf("error %v, want %q", err, c.want)
 			}
 		})
-	}
-	if err := walk(t.Context(), newSmall(t).b); err != nil {
-		t.Errorf("the image itself is not good: %v", err)
 	}
 }
 
@@ -306,12 +307,8 @@ func TestBackingChainsThatAreRefused(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "raw"), []byte("raw bytes"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for i := range 300 {
-		overlay(fmt.Sprintf("deep%d", i), fmt.Sprintf("deep%d", i+1), Name)
-	}
-	overlay("deep300", "raw", "raw")
 	for name, want := range map[string]error{
-		"self": image.ErrFormat, "a": image.ErrFormat, "deep0": image.ErrFormat, "notqcow2": image.ErrFormat,
+		"self": image.ErrFormat, "a": image.ErrFormat, "notqcow2": image.ErrFormat,
 		"absolute": image.ErrOutside, "up": image.ErrOutside, "json": image.ErrOutside, "nbd": image.ErrOutside,
 		"missing": os.ErrNotExist, "unknown": image.ErrUnsupported,
 	} {
@@ -323,7 +320,6 @@ func TestBackingChainsThatAreRefused(t *testing.T) {
 			t.Errorf("%s: %v, want %v", name, err, want)
 		}
 	}
-	openChain(t, dir, "deep100") // 202 files are fine
 }
 
 // TestParentWithoutFormat: QEMU once made overlays that do not say what their

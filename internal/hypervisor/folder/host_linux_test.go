@@ -341,3 +341,29 @@ func TestLiveImageThatGrows(t *testing.T) {
 	}
 	commit(t, p)
 }
+
+// TestLiveQcow2ThatGrows: clusters that come behind the file's end of before
+// are no damage.
+func TestLiveQcow2ThatGrows(t *testing.T) {
+	need(t, "qemu-io")
+	dir := t.TempDir()
+	path := filepath.Join(dir, "web.qcow2")
+	full(t, path, make([]byte, 4<<20))
+	overlay(t, filepath.Join(dir, "db.qcow2"), 4<<20, "web.qcow2", "qcow2")
+	path = filepath.Join(dir, "db.qcow2")
+	holder(t, func() bool { return inUse(t, path, "sleep") }, "sh", "-c", "exec sleep 1000 >>"+path)
+	s := open(t, dir)
+	p, err := snap(t, s, "db", hypervisor.SnapshotOptions{Live: true})
+	ok(t, err)
+	if !strings.Contains(fmt.Sprint(p.Notes()), "made live") {
+		t.Errorf("notes %q", p.Notes())
+	}
+	if p.(*snapshot).set.cloned() {
+		t.Skip("SKIPPED: the temporary directory has reflinks")
+	}
+	run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 7 1m 2m", path)
+	want := make([]byte, 4<<20)
+	copy(want[1<<20:], bytes.Repeat([]byte{7}, 2<<20))
+	reads(t, p, "db.qcow2", want)
+	commit(t, p)
+}
