@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -50,7 +49,6 @@ type flushed struct {
 // history of one opening of an overlay.
 type history struct {
 	size    int64
-	mu      sync.Mutex // guards all below
 	writes  []written
 	flushes []flushed
 }
@@ -81,19 +79,22 @@ func (h *history) write(t testing.TB, o *Overlay, d *disktest.Dir, r *rand.Rand,
 		w.n = min((w.n+7)&^7, sectors-w.first)
 	}
 	var err error
-	if r.IntN(4) == 0 {
+	zeroes := r.IntN(4) == 0
+	if zeroes {
 		w.version = 0
+	}
+	// Until it has returned it may be there in part, or not; so if it fails.
+	w.done = 1 << 60
+	h.writes = append(h.writes, w)
+	at := len(h.writes) - 1 // a write in the midst of this one comes after it
+	if zeroes {
 		err = o.ZeroAt(t.Context(), w.first*sectorSize, w.n*sectorSize)
 	} else {
 		err = o.WriteAt(t.Context(), stamp(make([]byte, w.n*sectorSize), version), w.first*sectorSize)
 	}
-	w.done = d.Len()
-	if err != nil {
-		w.done = 1 << 60 // it may be there in part, or not
+	if err == nil {
+		h.writes[at].done = d.Len()
 	}
-	h.mu.Lock()
-	h.writes = append(h.writes, w)
-	h.mu.Unlock()
 	return err
 }
 
@@ -102,9 +103,7 @@ func (h *history) flush(t testing.TB, o *Overlay, d *disktest.Dir) error {
 	err := o.Flush(t.Context())
 	f.done = d.Len()
 	if err == nil {
-		h.mu.Lock()
 		h.flushes = append(h.flushes, f)
-		h.mu.Unlock()
 	}
 	return err
 }
@@ -163,33 +162,51 @@ func (h *history) check(t testing.TB, r disk.Reader, k int, powerLost bool) erro
 	return nil
 }
 
-// runHistory runs a random history on a new overlay in a crash directory, flushes
-// running beside the writes, and tells from which step on the overlay exists.
+// runHistory runs a random history on a new overlay in a crash directory, and
+// tells from which step on the overlay exists. Some writes come in the midst of
+// a flush, right after one of its syncs. Now and then the process dies and the
+// next one goes on.
 func runHistory(t *testing.T, r *rand.Rand, base disk.Reader, writes int) (*history, *disktest.Dir, int) {
 	t.Helper()
 	d := disktest.NewDir()
-	if err := create(crashDir{d}, thisBoot, testID, base.Size()); err != nil {
+	if err := create(crashDir{d: d}, thisBoot, testID, base.Size()); err != nil {
 		t.Fatal(err)
 	}
 	exists := d.Len()
-	o, err := open(crashDir{d}, thisBoot, testID, keep(base))
-	if err != nil {
-		t.Fatal(err)
-	}
 	h := &history{size: base.Size()}
-	for i := range writes {
-		var flushing sync.WaitGroup
-		if r.IntN(5) == 0 {
-			flushing.Go(func() {
-				if err := h.flush(t, o, d); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		if err := h.write(t, o, d, r, baseVersion+1+uint64(i)); err != nil {
+	var o *Overlay
+	version := uint64(baseVersion)
+	write := func() {
+		version++
+		if err := h.write(t, o, d, r, version); err != nil {
 			t.Fatal(err)
 		}
-		flushing.Wait()
+	}
+	start := func() {
+		var err error
+		o, err = open(crashDir{d: d, synced: func() {
+			// Not while the log is written anew: a write would wait for that.
+			if o != nil && r.IntN(3) == 0 && o.appending.TryLock() {
+				o.appending.Unlock()
+				write()
+			}
+		}}, thisBoot, testID, keep(base))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	start()
+	for range writes {
+		write()
+		if r.IntN(5) == 0 {
+			if err := h.flush(t, o, d); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if r.IntN(20) == 0 {
+			o = nil
+			start()
+		}
 	}
 	if err := o.Close(); err != nil {
 		t.Fatal(err)
@@ -211,38 +228,36 @@ func smallLog(t *testing.T) {
 func TestPowerLoss(t *testing.T) {
 	smallLog(t)
 	r := disktest.Rand(t)
-	rounds, writes := 2, 60
+	writes := 60
 	if testing.Short() {
-		rounds = 1
+		writes = 20
 	}
-	for range rounds {
-		base := stampedBase(t, 200<<10+3*sectorSize)
-		h, d, exists := runHistory(t, r, base, writes)
-		states := 0
-		for k := range d.Len() + 1 {
-			for name, c := range d.Crashes(k, r, 5) {
-				states++
-				o, err := open(crashDir{c}, nextBoot, testID, keep(base))
-				if k < exists && errors.Is(err, fs.ErrNotExist) {
-					// Never made: then it can be made.
-					if err := create(crashDir{c}, nextBoot, testID, base.Size()); err != nil {
-						t.Fatalf("create after a crash at step %d, %s: %v", k, name, err)
-					}
-					continue
+	base := stampedBase(t, 200<<10+3*sectorSize)
+	h, d, exists := runHistory(t, r, base, writes)
+	states := 0
+	for k := range d.Len() + 1 {
+		for name, c := range d.Crashes(k, r, 5) {
+			states++
+			o, err := open(crashDir{d: c}, nextBoot, testID, keep(base))
+			if k < exists && errors.Is(err, fs.ErrNotExist) {
+				// Never made: then it can be made.
+				if err := create(crashDir{d: c}, nextBoot, testID, base.Size()); err != nil {
+					t.Fatalf("create after a crash at step %d, %s: %v", k, name, err)
 				}
-				if err == nil {
-					err = h.check(t, o, k, true)
-				}
-				if err == nil && r.IntN(200) == 0 {
-					err = again(t, r, h, c, k, base)
-				}
-				if err != nil {
-					t.Fatalf("power lost at step %d of %d, %s: %v", k, d.Len(), name, err)
-				}
+				continue
+			}
+			if err == nil {
+				err = h.check(t, o, k, true)
+			}
+			if err == nil && r.IntN(300) == 0 {
+				err = again(t, r, h, c, k, base)
+			}
+			if err != nil {
+				t.Fatalf("power lost at step %d of %d, %s: %v", k, d.Len(), name, err)
 			}
 		}
-		t.Logf("%d steps, %d states", d.Len(), states)
 	}
+	t.Logf("%d steps, %d states", d.Len(), states)
 }
 
 // again loses the power while an overlay is being opened after a crash, at
@@ -250,7 +265,7 @@ func TestPowerLoss(t *testing.T) {
 func again(t *testing.T, r *rand.Rand, h *history, c *disktest.Dir, k int, base disk.Reader) error {
 	for j := range c.Len() + 1 {
 		for name, c2 := range c.Crashes(j, r, 2) {
-			o, err := open(crashDir{c2}, thirdBoot, testID, keep(base))
+			o, err := open(crashDir{d: c2}, thirdBoot, testID, keep(base))
 			if err == nil {
 				err = h.check(t, o, k, true)
 			}
@@ -263,7 +278,7 @@ func again(t *testing.T, r *rand.Rand, h *history, c *disktest.Dir, k int, base 
 			}
 			// Once flushed, nothing but that is found.
 			for name, c3 := range c2.Crashes(c2.Len(), r, 1) {
-				o, err := open(crashDir{c3}, boot{4}, testID, keep(base))
+				o, err := open(crashDir{d: c3}, boot{4}, testID, keep(base))
 				if err != nil {
 					return fmt.Errorf("and again, %s: %w", name, err)
 				}
@@ -286,7 +301,7 @@ func TestDeath(t *testing.T) {
 	for k := exists; k <= d.Len(); k++ {
 		for _, torn := range []bool{false, true} {
 			c := d.Killed(k, torn)
-			o, err := open(crashDir{c}, thisBoot, testID, keep(base))
+			o, err := open(crashDir{d: c}, thisBoot, testID, keep(base))
 			if err == nil {
 				err = h.check(t, o, k, false)
 			}
@@ -307,10 +322,10 @@ func TestErrors(t *testing.T) {
 	for n := 1; ; n++ {
 		r := rand.New(rand.NewPCG(seed, 0)) // the same history each time
 		d := disktest.NewDir()
-		if err := create(crashDir{d}, thisBoot, testID, base.Size()); err != nil {
+		if err := create(crashDir{d: d}, thisBoot, testID, base.Size()); err != nil {
 			t.Fatal(err)
 		}
-		o, err := open(crashDir{d}, thisBoot, testID, keep(base))
+		o, err := open(crashDir{d: d}, thisBoot, testID, keep(base))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -340,7 +355,7 @@ func TestErrors(t *testing.T) {
 				if now == thisBoot && name != "all" {
 					continue // the page cache was there
 				}
-				o2, err := open(crashDir{c}, now, testID, keep(base))
+				o2, err := open(crashDir{d: c}, now, testID, keep(base))
 				if err == nil {
 					err = h.check(t, o2, d.Len(), true)
 				}
@@ -367,10 +382,10 @@ func TestLostSync(t *testing.T) {
 	base := stampedBase(t, 200<<10)
 	for _, when := range []int{1, 3} { // the sync of the data; of the log
 		d := disktest.NewDir()
-		if err := create(crashDir{d}, thisBoot, testID, base.Size()); err != nil {
+		if err := create(crashDir{d: d}, thisBoot, testID, base.Size()); err != nil {
 			t.Fatal(err)
 		}
-		o, err := open(crashDir{d}, thisBoot, testID, keep(base))
+		o, err := open(crashDir{d: d}, thisBoot, testID, keep(base))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -400,13 +415,47 @@ func TestLostSync(t *testing.T) {
 		if _, err := f.WriteAt(make([]byte, 4096), 2*clusterSize); err != nil {
 			t.Fatal(err)
 		}
-		o, err = open(crashDir{d}, thisBoot, testID, keep(base))
+		o, err = open(crashDir{d: d}, thisBoot, testID, keep(base))
 		if err != nil {
 			t.Fatal(err)
 		}
 		want := stamp(make([]byte, 200<<10), baseVersion)
 		stamp(want[:4096], 7)
 		disktest.Reader(t, o, want)
+	}
+}
+
+// TestHalfAppended has a full disk take the first of two records that belong
+// together. What it says has not happened.
+func TestHalfAppended(t *testing.T) {
+	ctx := t.Context()
+	base := stampedBase(t, 16<<20)
+	d := disktest.NewDir()
+	if err := create(crashDir{d: d}, thisBoot, testID, base.Size()); err != nil {
+		t.Fatal(err)
+	}
+	o := mustOpen(t, d, base)
+	// One record of 44 bytes each, until the next one still fits the page and
+	// the one after it (of 40) does not.
+	for n := int64(0); ; n++ {
+		if err := o.WriteAt(ctx, stamp(make([]byte, 4096), 7), n*4096); err != nil {
+			t.Fatal(err)
+		}
+		if left := 4096 - o.log.tail%4096; left >= 44 && left < 84 {
+			break
+		}
+	}
+	d.Limit(d.Used())
+	if err := o.ZeroAt(ctx, 4096, 15*4096+64<<10); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("zero on a full disk: %v", err)
+	}
+	if err := o.WriteAt(ctx, stamp(make([]byte, 4096), 8), 4096); err != nil { // in place
+		t.Fatal(err)
+	}
+	next := mustOpen(t, d.Killed(d.Len(), false), base)
+	got, want := make([]byte, 4096), stamp(make([]byte, 4096), 8)
+	if err := next.ReadAt(ctx, got, 4096); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("an answered write is lost: version %d, %v", got[0], err)
 	}
 }
 
@@ -419,10 +468,10 @@ func TestDiskFull(t *testing.T) {
 	full := 0
 	for limit := int64(5 * 4096); limit < 420<<10; limit += 11 << 10 {
 		d := disktest.NewDir()
-		if err := create(crashDir{d}, thisBoot, testID, base.Size()); err != nil {
+		if err := create(crashDir{d: d}, thisBoot, testID, base.Size()); err != nil {
 			t.Fatal(err)
 		}
-		o, err := open(crashDir{d}, thisBoot, testID, keep(base))
+		o, err := open(crashDir{d: d}, thisBoot, testID, keep(base))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -453,7 +502,7 @@ func TestDiskFull(t *testing.T) {
 		}
 		for name, c := range d.Crashes(d.Len(), r, 3) {
 			c.Limit(0)
-			o, err := open(crashDir{c}, nextBoot, testID, keep(base))
+			o, err := open(crashDir{d: c}, nextBoot, testID, keep(base))
 			if err == nil {
 				err = h.check(t, o, d.Len(), true)
 			}
@@ -473,7 +522,7 @@ func TestDiskFull(t *testing.T) {
 
 func mustOpen(t *testing.T, d *disktest.Dir, base disk.Reader) *Overlay {
 	t.Helper()
-	o, err := open(crashDir{d}, thisBoot, testID, keep(base))
+	o, err := open(crashDir{d: d}, thisBoot, testID, keep(base))
 	if err != nil {
 		t.Fatal(err)
 	}

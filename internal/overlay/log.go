@@ -224,7 +224,7 @@ func parse(p []byte) (record, bool) {
 // the number of the last that is.
 func scan(file io.ReaderAt, size int64, salt uint32, f func(r record, end int64) error) (end int64, last uint64, err error) {
 	end = headerLen
-	in := bufio.NewReaderSize(io.NewSectionReader(file, end, max(size-end, 0)), 4*maxRecord)
+	in := bufio.NewReaderSize(io.NewSectionReader(file, end, max(size-end, 0)), maxRecord)
 	for {
 		p, err := in.Peek(recordLen)
 		if err == nil {
@@ -318,7 +318,7 @@ func checkTail(f io.ReaderAt, size, end int64, last uint64, h header, kept bool)
 	if end < h.synced {
 		return fmt.Errorf("%w: log record at %d", ErrDamaged, end)
 	}
-	rest := bufio.NewReaderSize(io.NewSectionReader(f, end, size-end), 4*maxRecord)
+	rest := bufio.NewReaderSize(io.NewSectionReader(f, end, size-end), maxRecord)
 	for at := end; ; at += 4 {
 		p, err := rest.Peek(recordLen)
 		if errors.Is(err, io.EOF) {

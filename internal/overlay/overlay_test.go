@@ -17,14 +17,30 @@ import (
 const testID Identity = "point 0123/vda"
 
 // crashDir makes a dir of a directory that can lose power.
-type crashDir struct{ d *disktest.Dir }
+type crashDir struct {
+	d      *disktest.Dir
+	synced func() // called after each sync of a file; may be nil
+}
+
+type crashFile struct {
+	*disktest.DirFile
+	synced func()
+}
+
+func (f crashFile) Sync() error {
+	err := f.DirFile.Sync()
+	if f.synced != nil {
+		f.synced()
+	}
+	return err
+}
 
 func (d crashDir) open(name string) (file, error) {
 	f, err := d.d.Open(name)
 	if err != nil {
 		return nil, err
 	}
-	return f, nil
+	return crashFile{f, d.synced}, nil
 }
 
 func (d crashDir) create(name string) (file, error) {
@@ -32,7 +48,7 @@ func (d crashDir) create(name string) (file, error) {
 	if err != nil {
 		return nil, err
 	}
-	return f, nil
+	return crashFile{f, d.synced}, nil
 }
 
 func (d crashDir) rename(from, to string) error { return d.d.Rename(from, to) }
@@ -267,6 +283,33 @@ func TestChanged(t *testing.T) {
 	changed(m3)
 	do(o.WriteAt(ctx, []byte("x"), 5<<20))
 	changed(m3, disk.Extent{Off: 5 << 20, Len: 4096})
+	do(o.WriteAt(ctx, make([]byte, 64<<10), 6<<20))
+	m4 := o.Mark()
+	do(o.WriteAt(ctx, make([]byte, 128<<10), 6<<20)) // half in place, half fresh
+	changed(m4, disk.Extent{Off: 6 << 20, Len: 128 << 10})
+}
+
+// TestSharedBlock has many write sectors of one block that the overlay does not
+// hold yet.
+func TestSharedBlock(t *testing.T) {
+	base := baseDisk(t, 1<<20)
+	o, _ := newOverlay(t, base)
+	defer o.Close()
+	want := contentOf(t, base)
+	for block := range int64(64) {
+		var wg sync.WaitGroup
+		for i := range int64(8) {
+			off := block*4096 + i*512
+			disktest.Fill(rand.New(rand.NewPCG(1, uint64(off))), want[off:off+512])
+			wg.Go(func() {
+				if err := o.WriteAt(t.Context(), want[off:off+512], off); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	disktest.Reader(t, o, want)
 }
 
 // TestChangedCopies keeps a copy up to date by marks while writes go on, as a
