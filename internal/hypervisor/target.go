@@ -61,7 +61,8 @@ type Target interface {
 	// Preflight says, before anything is made, what would go wrong: name
 	// taken (ErrExist), storage missing or too small, configuration unknown.
 	// need is how many bytes will be written to storage. Notes say what the VM
-	// will not have, or have otherwise, on this host.
+	// will not have, or have otherwise, on this host. With a vm that has no
+	// name only the storage is looked at.
 	Preflight(ctx context.Context, vm NewVM, storage string, need int64) (notes []string, err error)
 	// CreateDisk makes a file for a disk in the storage directory, never over
 	// an existing one (ErrExist): a full disk to be written through the result,

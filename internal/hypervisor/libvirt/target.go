@@ -42,7 +42,7 @@ func detached(ctx context.Context) (context.Context, context.CancelFunc) {
 // Preflight checks a recovery before anything is made. Memory is not checked:
 // hosts may give more than they have.
 func (h *Host) Preflight(ctx context.Context, vm hypervisor.NewVM, storage string, need int64) ([]string, error) {
-	if err := h.storageFits(ctx, storage, need); err != nil {
+	if err := h.storageFits(ctx, storage, need); err != nil || vm.Name == "" {
 		return nil, err
 	}
 	config, err := configFile(vm, "domain.xml")
