@@ -171,6 +171,25 @@ func (s *Session) Serving() (h Holder, ok bool) { return holder(s.Path("serve.lo
 // Changing says which command holds the session now.
 func (s *Session) Changing() (h Holder, ok bool) { return holder(s.Path("command.lock")) }
 
+// Clear removes what the session owns besides its records, locks and log:
+// overlays of a session that is over.
+func (s *Session) Clear() error {
+	entries, err := os.ReadDir(s.path)
+	if err != nil {
+		return fmt.Errorf("clear session %s: %w", s.id, err)
+	}
+	for _, e := range entries {
+		switch ext := filepath.Ext(e.Name()); {
+		case e.Name() == "log", ext == ".json", ext == ".lock":
+			continue
+		}
+		if err := os.RemoveAll(s.Path(e.Name())); err != nil {
+			return fmt.Errorf("clear session %s: %w", s.id, err)
+		}
+	}
+	return nil
+}
+
 // Remove removes the session and all files it owns, its record first: what a
 // crash leaves behind is no session any more. The locks that the caller holds
 // on it are released once the record is gone: who gets them then finds no
