@@ -70,7 +70,8 @@ type Device interface {
 
 // Exports is what a block protocol serves: disks by name. Open may be called
 // many times for one name, also in parallel; each result is closed by its
-// caller. A read-only disk answers writes with ErrReadOnly.
+// caller. A read-only disk answers every write with ErrReadOnly, an empty one
+// too, which is how a protocol learns that it is read-only.
 type Exports interface {
 	Names(ctx context.Context) ([]string, error)
 	Open(ctx context.Context, name string) (Device, error)

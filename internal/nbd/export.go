@@ -69,8 +69,8 @@ func (e *export) openLocked(ctx context.Context, s *Server) error {
 		return err
 	}
 	e.dev, e.size = dev, dev.Size()
-	// A read-only disk answers writes with ErrReadOnly, so ask with one that
-	// changes nothing.
+	// A read-only disk answers every write with ErrReadOnly, so ask with one
+	// that changes nothing.
 	err = dev.ZeroAt(ctx, 0, 0)
 	e.readOnly = s.o.ReadOnly || errors.Is(err, disk.ErrReadOnly)
 	if err != nil && !e.readOnly {
@@ -176,6 +176,7 @@ func (e *export) join(ctx context.Context, c *conn) {
 	}
 }
 
+// leave undoes join, if there was one.
 func (e *export) leave(c *conn) {
 	e.mu.Lock()
 	delete(e.conns, c)

@@ -235,11 +235,8 @@ func (c *conn) exportName(ctx context.Context, name string) error {
 	if !c.noZeroes {
 		out = append(out, make([]byte, 124)...)
 	}
-	if _, err := c.nc.Write(out); err != nil {
-		c.exp.leave(c)
-		return err
-	}
-	return nil
+	_, err := c.nc.Write(out)
+	return err
 }
 
 // info answers NBD_OPT_INFO and NBD_OPT_GO; true when the transmission phase
@@ -277,13 +274,8 @@ func (c *conn) info(ctx context.Context, opt uint32, data []byte) (bool, error) 
 	if opt == optGo && c.metaFor != name {
 		c.allocation = false
 	}
-	if _, err := c.nc.Write(out); err != nil {
-		if opt == optGo {
-			c.exp.leave(c)
-		}
-		return false, err
-	}
-	return opt == optGo, nil
+	_, err := c.nc.Write(out)
+	return opt == optGo, err
 }
 
 // metaContexts answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT

@@ -286,11 +286,15 @@ func (s *Server) serve(work context.Context, stopping <-chan struct{}, nc net.Co
 // client, or the server, took its leave.
 func (c *conn) run() error {
 	defer c.releaseExport()
-	defer close(c.finished)
+	defer func() {
+		if c.exp != nil {
+			c.exp.leave(c)
+		}
+		close(c.finished)
+	}()
 	if err := c.negotiate(); err != nil {
 		return err
 	}
-	defer c.exp.leave(c)
 	return c.transmit()
 }
 

@@ -536,7 +536,7 @@ func TestLimits(t *testing.T) {
 		}
 	})
 	t.Run("silence", func(t *testing.T) {
-		r := serve(t, shelf{"d": disk.NewMem(512)}, ServerOptions{HandshakeTimeout: 30 * time.Millisecond}, "unix")
+		r := serve(t, shelf{"d": disk.NewMem(512)}, ServerOptions{HandshakeTimeout: 300 * time.Millisecond}, "unix")
 		dialRaw(t, r.addr).closed()
 	})
 	t.Run("idleness", func(t *testing.T) {
