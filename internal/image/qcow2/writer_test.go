@@ -29,7 +29,7 @@ func check(t testing.TB, path string) {
 }
 
 func TestWriterAgainstModel(t *testing.T) {
-	rounds := 12
+	rounds := 8
 	if testing.Short() {
 		rounds = 4
 	}
@@ -37,7 +37,7 @@ func TestWriterAgainstModel(t *testing.T) {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			rnd, dir := disktest.Rand(t), t.TempDir()
 			path := filepath.Join(dir, "a.qcow2")
-			size := 1 + rnd.Int64N(6<<20)
+			size := 1 + rnd.Int64N(3<<20)
 			w, err := Create(path, size, Options{ClusterSize: 512 << rnd.IntN(13)})
 			if err != nil {
 				t.Fatal(err)
