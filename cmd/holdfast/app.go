@@ -123,6 +123,9 @@ func (a *app) root() *cobra.Command {
 		a.points(), a.show(), a.restore(),
 		a.version(), a.thaw(),
 	)
+	for _, cmd := range root.Commands() {
+		cmd.DisableFlagsInUseLine = true
+	}
 	root.SetHelpCommand(&cobra.Command{Use: "help [COMMAND]", Short: "Help about a command", Args: cobra.ArbitraryArgs, RunE: help})
 	return root
 }

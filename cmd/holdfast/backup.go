@@ -79,10 +79,13 @@ One VM's failure does not stop the others; the exit status is then 1.`,
 func backupText(results []backup.Result) string {
 	t := newTable("VM", "POINT", "CONSISTENCY", ">READ", ">NEW", ">STORED", ">TIME", "READ WHOLE BECAUSE")
 	var remarks strings.Builder
+	_, many := node.Failed(results).(interface{ Unwrap() []error })
 	for _, r := range results {
 		if r.Point == "" {
 			t.add(r.VM, "failed", "", "", "", "", took(seconds(r.Seconds)), "")
-			fmt.Fprintf(&remarks, "%s failed: %s\n", r.VM, oneLine(r.Error))
+			if many { // the reason of one alone is the error
+				fmt.Fprintf(&remarks, "%s: %s\n", r.VM, oneLine(r.Error))
+			}
 		} else {
 			t.add(r.VM, short(r.Point), r.Consistency, size(r.ReadBytes), size(r.NewBytes), size(r.StoredBytes), took(seconds(r.Seconds)), oneLine(r.FullReason))
 		}

@@ -2,8 +2,8 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,8 +25,9 @@ type BackupRequest struct {
 	History string
 }
 
-// Backup makes one restore point per VM. The error is of what failed before
-// any VM was touched.
+// Backup makes one restore point per VM. A VM that is not there, like one that
+// fails, does not stop the others. The error is of what failed before any VM
+// was touched.
 func (n *Node) Backup(ctx context.Context, q BackupRequest) (results []backup.Result, err error) {
 	r, err := n.Repo(ctx)
 	if err != nil {
@@ -51,23 +52,27 @@ func (n *Node) Backup(ctx context.Context, q BackupRequest) (results []backup.Re
 	if err != nil {
 		return nil, fmt.Errorf("list the VMs of %s: %w", q.Host, err)
 	}
-	vms, err := choose(all, q.Host, q.VMs)
+	vms, unknown, err := choose(all, q.Host, q.VMs)
 	if err != nil {
 		return nil, err
 	}
-	if history != "" && len(vms) != 1 {
+	if history != "" && len(vms)+len(unknown) != 1 {
 		return nil, usage("--history is for one VM: name it")
 	}
-	if len(vms) == 0 {
+	for _, name := range unknown {
+		err := fmt.Errorf("%w on %s; \"holdfast vms %s\" lists what there is", hypervisor.ErrNotExist, q.Host, q.Host)
+		results = append(results, backup.Result{VM: name, Host: q.Host, Err: err, Error: err.Error()})
+	}
+	if len(vms)+len(unknown) == 0 {
 		return nil, fmt.Errorf("%s has no VMs: nothing was backed up", q.Host)
 	}
 	w := watch{report: n.o.Report}
 	defer w.done()
-	return backup.Run(ctx, backup.Job{
+	return append(results, backup.Run(ctx, backup.Job{
 		Repo: r, Source: s, State: n.state, Host: q.Host, VMs: vms, History: history,
 		Options: hypervisor.SnapshotOptions{Consistency: q.Consistency, FreezeLimit: q.FreezeLimit, Live: q.Live},
 		Watch:   backup.Watch{Step: w.step, Disk: w.disk},
-	}), nil
+	})...), nil
 }
 
 // history finds a history by a VM's name, or by its own id.
@@ -115,19 +120,33 @@ func (w *watch) disk(vm, disk string, m *mover.Meter) {
 	w.next(w.report.task(vm+" "+disk, m))
 }
 
-// Failed joins the errors of the VMs that were not backed up.
+// Failed is the error of a backup in which some VMs were not backed up, or nil.
 func Failed(results []backup.Result) error {
-	var errs []error
+	var f failures
 	for _, r := range results {
 		if r.Err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", r.VM, r.Err))
+			f.vms, f.errs = append(f.vms, r.VM), append(f.errs, r.Err)
 		}
 	}
-	switch len(errs) {
+	switch len(f.errs) {
 	case 0:
 		return nil
 	case 1:
-		return fmt.Errorf("back up %w", errs[0])
+		return fmt.Errorf("back up %s: %w", f.vms[0], f.errs[0])
 	}
-	return fmt.Errorf("%d of %d VMs were not backed up: %w", len(errs), len(results), errors.Join(errs...))
+	f.of = len(results)
+	return &f
 }
+
+// failures are the errors of several VMs.
+type failures struct {
+	vms  []string
+	errs []error
+	of   int
+}
+
+func (f *failures) Error() string {
+	return fmt.Sprintf("%d of %d VMs were not backed up: %s; each one's reason stands in the result", len(f.vms), f.of, strings.Join(f.vms, ", "))
+}
+
+func (f *failures) Unwrap() []error { return f.errs }

@@ -82,12 +82,12 @@ func (n *Node) VMs(ctx context.Context, host string) (vms []hypervisor.VM, err e
 	return vms, nil
 }
 
-// choose picks VMs by name or id; no names mean all.
-func choose(all []hypervisor.VM, host string, names []string) ([]hypervisor.VM, error) {
+// choose picks VMs by name or id; no names mean all. Names that no VM has are
+// returned beside.
+func choose(all []hypervisor.VM, host string, names []string) (vms []hypervisor.VM, unknown []string, err error) {
 	if len(names) == 0 {
-		return all, nil
+		return all, nil, nil
 	}
-	var vms []hypervisor.VM
 	for _, name := range names {
 		var found []hypervisor.VM
 		for _, vm := range all {
@@ -97,17 +97,18 @@ func choose(all []hypervisor.VM, host string, names []string) ([]hypervisor.VM, 
 		}
 		switch {
 		case len(found) == 0:
-			return nil, fmt.Errorf("%w: %s has no VM %q; \"holdfast vms %s\" lists them", hypervisor.ErrNotExist, host, name, host)
+			unknown = append(unknown, name)
+			continue
 		case len(found) > 1:
 			ids := make([]string, len(found))
 			for i, vm := range found {
 				ids[i] = string(vm.ID)
 			}
-			return nil, usage("%s has several VMs %q; choose one by its id: %s", host, name, strings.Join(ids, ", "))
+			return nil, nil, usage("%s has several VMs %q; choose one by its id: %s", host, name, strings.Join(ids, ", "))
 		}
 		if !slices.ContainsFunc(vms, func(vm hypervisor.VM) bool { return vm.ID == found[0].ID }) {
 			vms = append(vms, found[0])
 		}
 	}
-	return vms, nil
+	return vms, unknown, nil
 }

@@ -18,6 +18,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -166,12 +167,14 @@ func (n *Node) Repo(ctx context.Context) (*repo.Repo, error) {
 		return nil, err
 	}
 	r, err := repo.Open(ctx, store, n.passphrase, o)
-	if err != nil {
+	if errors.Is(err, repo.ErrDamaged) {
+		return nil, fmt.Errorf("open the repository %s: %w; put that object back from a copy of the repository", path, err)
+	} else if err != nil {
 		return nil, fmt.Errorf("open the repository %s: %w", path, err)
 	}
 	n.repo = r
 	for _, what := range r.Damage() {
-		n.o.Report.note("warning: the repository is damaged, what can be read is read; run check: %s", what)
+		n.o.Report.note("warning: the repository is damaged: %s; what can be read is read; \"holdfast check\" lists the damage", what)
 	}
 	return r, nil
 }
@@ -247,5 +250,11 @@ func (n *Node) Check(ctx context.Context, readData bool) (*repo.CheckReport, err
 	m := &mover.Meter{}
 	end := n.o.Report.task("check", m)
 	defer end()
-	return r.Check(ctx, repo.CheckOptions{ReadData: readData, Report: m.Set})
+	report, err := r.Check(ctx, repo.CheckOptions{ReadData: readData, Report: m.Set})
+	if report != nil {
+		slices.SortFunc(report.Problems, func(a, b repo.Problem) int {
+			return cmp.Or(cmp.Compare(a.Point, b.Point), cmp.Compare(a.What, b.What), cmp.Compare(a.Object, b.Object))
+		})
+	}
+	return report, err
 }

@@ -63,7 +63,7 @@ func ofVM(points []repo.Point, vm string) ([]repo.Point, error) {
 	}
 	switch len(labels) {
 	case 0:
-		return nil, fmt.Errorf("%w of a VM %q; \"holdfast points\" lists what there is", repo.ErrNotExist, vm)
+		return nil, fmt.Errorf("%w: there is none of a VM %q; \"holdfast points\" lists what there is", repo.ErrNotExist, vm)
 	case 1:
 		return slices.DeleteFunc(slices.Clone(points), func(p repo.Point) bool { return !histories[p.History] }), nil
 	}
@@ -100,31 +100,25 @@ func findPoint(points []repo.Point, spec string) (repo.Point, error) {
 		}
 		return latest(mine), nil
 	}
-	if strings.Trim(spec, "0123456789abcdef") != "" || spec == "" {
-		for _, p := range points {
-			if p.VM == spec || label(p) == spec {
-				return repo.Point{}, usage("%q is a VM: its newest restore point is %s@latest, \"holdfast points %s\" lists all", spec, spec, spec)
-			}
-		}
-		return repo.Point{}, fmt.Errorf("%w: %q is neither an id nor VM@latest; \"holdfast points\" lists what there is", repo.ErrNotExist, spec)
-	}
 	var found []repo.Point
 	for _, p := range points {
-		if strings.HasPrefix(string(p.ID), spec) {
+		if spec != "" && strings.HasPrefix(string(p.ID), spec) {
 			found = append(found, p)
 		}
 	}
 	switch {
-	case len(found) == 0:
-		return repo.Point{}, fmt.Errorf("%w: %s; \"holdfast points\" lists what there is", repo.ErrNotExist, spec)
+	case len(found) > 0 && len(spec) < minPrefix:
+		return repo.Point{}, usage("restore point %q: give at least %d digits of its id", spec, minPrefix)
 	case len(found) > 1:
 		ids := make([]string, len(found))
 		for i, p := range found {
 			ids[i] = string(p.ID)
 		}
 		return repo.Point{}, usage("restore point %q is ambiguous; say which: %s", spec, strings.Join(ids, ", "))
-	case len(spec) < minPrefix:
-		return repo.Point{}, usage("restore point %q: give at least %d digits of the id %s", spec, minPrefix, found[0].ID)
+	case len(found) == 0 && slices.ContainsFunc(points, func(p repo.Point) bool { return p.VM == spec || label(p) == spec }):
+		return repo.Point{}, usage("%q is a VM: its newest restore point is %s@latest, \"holdfast points %s\" lists all", spec, spec, spec)
+	case len(found) == 0:
+		return repo.Point{}, fmt.Errorf("%w: %q is neither the beginning of an id nor VM@latest; \"holdfast points\" lists what there is", repo.ErrNotExist, spec)
 	}
 	return found[0], nil
 }

@@ -186,7 +186,7 @@ func (x *restore) check(ctx context.Context) error {
 func (n *Node) dataBytes(ctx context.Context, d repo.Disk) (int64, error) {
 	src, err := n.repo.OpenDisk(ctx, d)
 	if err != nil {
-		return 0, fmt.Errorf("disk %s: %w", d.ID, err)
+		return 0, err
 	}
 	data, err := disk.DataBytes(src.Extents(ctx, 0, src.Size()))
 	return data, errors.Join(err, src.Close())

@@ -1,0 +1,340 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The scripts in testdata are sessions at a shell: a line that begins with "$ "
+// is a command, what follows it is what it said (stderr marked with "! "), and
+// "[N]" its exit status when that is not 0. Ids, times and durations are
+// masked, an empty line said is a dot. "go test -update" writes what was said;
+// read the diff.
+//
+// "$ holdfast" is this program, in a process of its own. The other commands
+// are those of the function builtin.
+var update = flag.Bool("update", false, "write what the scripts said")
+
+// asProgram makes the test binary behave as the program, for the scripts.
+const asProgram = "HOLDFAST_TEST_AS_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+func TestScripts(t *testing.T) {
+	scripts, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(scripts) == 0 {
+		t.Fatal("no scripts", err)
+	}
+	for _, path := range scripts {
+		t.Run(strings.TrimSuffix(filepath.Base(path), ".txt"), func(t *testing.T) {
+			t.Parallel()
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := newScript(t)
+			got := s.run(string(want))
+			if got == string(want) {
+				return
+			}
+			if *update {
+				if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			t.Errorf("%s: what was said differs (go test -update writes it):\n%s", path, differ(string(want), got))
+		})
+	}
+}
+
+// differ shows the first lines that differ.
+func differ(want, got string) string {
+	w, g := strings.Split(want, "\n"), strings.Split(got, "\n")
+	for i := range max(len(w), len(g)) {
+		if i >= len(w) || i >= len(g) || w[i] != g[i] {
+			return fmt.Sprintf("line %d\nwant: %s\ngot:  %s", i+1,
+				strings.Join(w[min(i, len(w)):min(i+6, len(w))], "\n      "), strings.Join(g[min(i, len(g)):min(i+6, len(g))], "\n      "))
+		}
+	}
+	return "the line ends"
+}
+
+type script struct {
+	t   *testing.T
+	dir string
+	env map[string]string
+	bg  *exec.Cmd // a command in the background
+}
+
+func newScript(t *testing.T) *script {
+	dir := t.TempDir()
+	// In memory where that is to be had: what is synced here need not last.
+	if shm, err := os.MkdirTemp("/dev/shm", "holdfast-test-"); err == nil {
+		dir = shm
+		t.Cleanup(func() { os.RemoveAll(shm) })
+	}
+	s := &script{t: t, dir: dir, env: map[string]string{
+		"HOLDFAST_REPO": filepath.Join(dir, "repo"), "HOLDFAST_STATE": filepath.Join(dir, "state"),
+		"HOLDFAST_PASSPHRASE": "a passphrase",
+	}}
+	t.Cleanup(func() {
+		if s.bg != nil {
+			_ = s.bg.Process.Kill()
+			_ = s.bg.Wait()
+		}
+	})
+	return s
+}
+
+// run runs a script and returns it with what was said.
+func (s *script) run(text string) string {
+	var out strings.Builder
+	for line := range strings.Lines(text) {
+		command, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "$ ")
+		switch {
+		case ok:
+			fmt.Fprintf(&out, "$ %s\n%s", command, s.command(command))
+		case strings.HasPrefix(line, "#"), strings.TrimSpace(line) == "":
+			out.WriteString(line)
+		}
+	}
+	return out.String()
+}
+
+// command runs one line.
+func (s *script) command(line string) string {
+	words := split(s.t, line)
+	for i := range words {
+		words[i] = os.Expand(words[i], func(k string) string {
+			if k == "WORK" {
+				return s.dir
+			}
+			return s.env[k]
+		})
+	}
+	env := s.env
+	if words[0] == "with" { // with K=V... COMMAND
+		env = map[string]string{}
+		for k, v := range s.env {
+			env[k] = v
+		}
+		words = words[1:]
+		for strings.Contains(words[0], "=") {
+			k, v, _ := strings.Cut(words[0], "=")
+			env[k], words = v, words[1:]
+		}
+	}
+	if words[0] != "holdfast" {
+		if err := s.builtin(words); err != nil {
+			return s.mask("! " + err.Error() + "\n")
+		}
+		return ""
+	}
+	var stdout, stderr bytes.Buffer
+	cmd := s.program(env, words[1:])
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	if exit, ok := errors.AsType[*exec.ExitError](err); err != nil && (!ok || exit.ExitCode() < 0) {
+		s.t.Errorf("%s: %v", line, err)
+	}
+	var said strings.Builder
+	for l := range strings.Lines(stderr.String()) {
+		said.WriteString("! " + l)
+	}
+	said.WriteString(stdout.String())
+	if code := cmd.ProcessState.ExitCode(); code != 0 {
+		fmt.Fprintf(&said, "[%d]\n", code)
+	}
+	return s.mask(said.String())
+}
+
+// program is the test binary as the program.
+func (s *script) program(env map[string]string, args []string) *exec.Cmd {
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	s.t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, os.Args[0], args...)
+	cmd.Dir = s.dir
+	cmd.Env = []string{asProgram + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + s.dir, "TZ=UTC"}
+	for k, v := range env {
+		cmd.Env = append(cmd.Env, k+"="+v)
+	}
+	return cmd
+}
+
+// split cuts a line into words; double quotes hold one together.
+func split(t *testing.T, line string) []string {
+	var words []string
+	for i, part := range strings.Split(line, `"`) {
+		if i%2 == 1 {
+			words = append(words, part)
+		} else {
+			words = append(words, strings.Fields(part)...)
+		}
+	}
+	if len(words) == 0 {
+		t.Fatalf("empty command %q", line)
+	}
+	return words
+}
+
+var masks = []struct {
+	re *regexp.Regexp
+	to string
+}{
+	{regexp.MustCompile(`\b[0-9a-f]{2}/[0-9a-f]{64}\b`), "DIGEST"},
+	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "ID"},
+	{regexp.MustCompile(`(": )\d{8}\b`), "${1}MANY"},
+	{regexp.MustCompile(`\b[0-9a-f]{16}\b`), "SESSION"},
+	{regexp.MustCompile(`\b[0-9a-f]{8}\b`), "SHORTID"},
+	{regexp.MustCompile(`\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
+	{regexp.MustCompile(`\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d`), "TIME"},
+	{regexp.MustCompile(`("seconds": )[0-9.e-]+`), "${1}0"},
+	{regexp.MustCompile(`\b\d+(\.\d)? s\b`), "N s"},
+	{regexp.MustCompile(`go1\.\d+\S*, [a-z]+/\w+`), "GO, SYSTEM"},
+	// Columns move with what is masked.
+	{regexp.MustCompile(` {2,}(\S)`), "  $1"},
+}
+
+// mask replaces what differs from run to run.
+func (s *script) mask(said string) string {
+	said = strings.ReplaceAll(said, s.dir, "$WORK")
+	said = strings.ReplaceAll(said, "\n\n", "\n.\n")
+	for i, m := range masks {
+		if i == len(masks)-1 && (strings.HasPrefix(said, "[\n") || strings.HasPrefix(said, "{\n")) {
+			break // JSON is not a table
+		}
+		said = m.re.ReplaceAllString(said, m.to)
+	}
+	return said
+}
+
+// builtin is what scripts need besides the program.
+//
+//	mkdir DIR            with its parents
+//	image FILE SIZE [AT BYTE]...   a sparse raw image, with 64 KiB of a byte at places
+//	poke FILE AT BYTE    64 KiB of a byte at a place
+//	write FILE TEXT      a small file of one line
+//	rm PATH              with all below
+//	flip GLOB            change a byte in the middle of the one file, or all
+//	cut GLOB             the file's second half
+//	same FILE FILE       fails if two files differ
+//	ls DIR               fails with the names
+//	env K=V              for what follows
+func (s *script) builtin(words []string) error {
+	path := func(i int) string {
+		if filepath.IsAbs(words[i]) {
+			return words[i]
+		}
+		return filepath.Join(s.dir, words[i])
+	}
+	switch words[0] {
+	case "mkdir":
+		return os.MkdirAll(path(1), 0o755)
+	case "image":
+		f, err := os.Create(path(1))
+		if err != nil {
+			return err
+		}
+		var size int64
+		fmt.Sscan(words[2], &size)
+		if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
+			return err
+		}
+		for i := 3; i+1 < len(words); i += 2 {
+			if err := poke(path(1), words[i], words[i+1]); err != nil {
+				return err
+			}
+		}
+		return nil
+	case "poke":
+		return poke(path(1), words[2], words[3])
+	case "write":
+		return os.WriteFile(path(1), []byte(words[2]+"\n"), 0o600)
+	case "rm":
+		return os.RemoveAll(path(1))
+	case "flip":
+		return s.each(path(1), func(b []byte) []byte { b[len(b)/2] ^= 1; return b })
+	case "cut":
+		return s.each(path(1), func(b []byte) []byte { return b[:len(b)/2] })
+	case "same":
+		a, aerr := os.ReadFile(path(1))
+		b, berr := os.ReadFile(path(2))
+		if err := errors.Join(aerr, berr); err != nil {
+			return err
+		}
+		if !bytes.Equal(a, b) {
+			return errors.New("they differ")
+		}
+		return nil
+	case "ls":
+		entries, err := os.ReadDir(path(1))
+		if err != nil {
+			return err
+		}
+		var names []string
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		return errors.New(strings.Join(names, " "))
+	case "env":
+		k, v, _ := strings.Cut(words[1], "=")
+		s.env[k] = v
+		return nil
+	}
+	s.t.Fatalf("no command %q", words[0])
+	return nil
+}
+
+func poke(path, at, value string) error {
+	var off int64
+	var b byte
+	if _, err := fmt.Sscan(at, &off); err != nil {
+		return err
+	}
+	if _, err := fmt.Sscan(value, &b); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(bytes.Repeat([]byte{b}, 64<<10), off)
+	return errors.Join(err, f.Close())
+}
+
+// each changes the files that a pattern names.
+func (s *script) each(pattern string, change func([]byte) []byte) error {
+	paths, err := filepath.Glob(pattern)
+	if err != nil || len(paths) == 0 {
+		s.t.Fatalf("no file %s: %v", pattern, err)
+	}
+	for _, path := range paths {
+		b, err := os.ReadFile(path)
+		if err == nil {
+			err = os.Remove(path) // stored objects are read-only
+		}
+		if err == nil {
+			err = os.WriteFile(path, change(b), 0o600)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
