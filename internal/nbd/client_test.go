@@ -39,10 +39,12 @@ func TestCancel(t *testing.T) {
 	c := dialTest(t, r.at("d"), DialOptions{InFlight: 8})
 	defer c.Close()
 	var wg sync.WaitGroup
-	for i := range 20 { // more than may be under way: some are never sent
+	var slices [20][]byte // more than may be under way: some are never sent
+	for i := range slices {
+		p := make([]byte, 50<<10)
+		slices[i] = p
 		wg.Go(func() {
 			ctx, cancel := context.WithCancelCause(t.Context())
-			p := make([]byte, 50<<10)
 			done := make(chan error)
 			go func() { done <- c.ReadAt(ctx, p, int64(i)*1000) }()
 			cancel(nil)
@@ -57,6 +59,12 @@ func TestCancel(t *testing.T) {
 	wg.Wait()
 	close(s.gate)
 	disktest.Reader(t, c, content(t, m))
+	eventually(t, "all is answered", func() bool { return len(c.links[0].slots) == 0 })
+	for _, p := range slices {
+		if bytes.Count(p, []byte{1}) != len(p) {
+			t.Fatal("a late reply was written to the slice of a cancelled read")
+		}
+	}
 }
 
 // TestCancelStorm cancels requests at any time, while others must be right.
