@@ -322,6 +322,24 @@ func (s *suite) changes(t *testing.T, snap hypervisor.Snapshot, wrote map[hyperv
 	}
 }
 
+// apply copies what is listed as changed, and nothing else, from the snapshot.
+func (s *suite) apply(t *testing.T, snap hypervisor.Snapshot, d hypervisor.DiskID, to []byte) {
+	t.Helper()
+	r, err := snap.Open(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for e, err := range snap.Changed(t.Context(), d) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.ReadAt(t.Context(), to[e.Off:e.End()], e.Off); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func list(t *testing.T, s *suite) {
 	vm := s.describe(t)
 	if vm.Name == "" || vm.Kind == "" || vm.Host == "" || vm.State == "" {
@@ -387,12 +405,22 @@ func instant(t *testing.T, s *suite) {
 
 func incremental(t *testing.T, s *suite) {
 	s.scribble(t)
+	copies := map[hypervisor.DiskID][]byte{} // as a repository would have them
+	for d, m := range s.model {
+		copies[d] = bytes.Clone(m)
+	}
 	ref := s.finish(t, s.take(t, ""))
 	for range 3 {
 		wrote := s.scribble(t)
 		snap := s.take(t, ref)
 		s.changes(t, snap, wrote)
 		s.compare(t, snap, s.model)
+		for _, d := range s.Tracked {
+			s.apply(t, snap, d, copies[d])
+			if at := differ(copies[d], s.model[d]); at >= 0 {
+				t.Errorf("copying the changes of %s gives another disk from byte %d on", d, at)
+			}
+		}
 		next := s.finish(t, snap)
 		if next == ref && ref != "" {
 			t.Error("the reference point is the old one")

@@ -78,15 +78,12 @@ func sourcePath(typ string, src *element) string {
 
 // excluded says why a disk is not backed up, "" if it is.
 func excluded(e *element) string {
-	src := e.at("source")
-	switch dev := e.attr("device"); {
+	switch dev, typ := e.attr("device"), e.attr("type"); {
 	case dev == "cdrom" || dev == "floppy":
 		return dev + " drive"
-	case src == nil || sourcePath(e.attr("type"), src) == "" && e.attr("type") != "nvme":
-		switch e.attr("type") {
-		case "vhostuser", "vhostvdpa", "dir", "nvme":
-			return "type " + e.attr("type") + ": QEMU cannot give a snapshot of it"
-		}
+	case typ == "vhostuser" || typ == "vhostvdpa" || typ == "dir" || typ == "nvme":
+		return "type " + typ + ": QEMU cannot give a snapshot of it"
+	case sourcePath(typ, e.at("source")) == "":
 		return "empty drive"
 	case e.at("readonly") != nil:
 		return "read-only"
@@ -94,10 +91,6 @@ func excluded(e *element) string {
 		return "shared with other guests: no snapshot of it alone is of one instant"
 	case e.at("transient") != nil:
 		return "transient: its changes end with the guest"
-	}
-	switch e.attr("type") {
-	case "vhostuser", "vhostvdpa", "dir", "nvme":
-		return "type " + e.attr("type") + ": QEMU cannot give a snapshot of it"
 	}
 	return ""
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 
 	"holdfast/internal/disk"
 	"holdfast/internal/hypervisor"
+	"holdfast/internal/image/qcow2"
 	"holdfast/internal/nbd"
 )
 
@@ -42,6 +44,8 @@ type snapshot struct {
 	full  map[hypervisor.DiskID]string
 	serve *serving
 	shell bool // QEMU was started by us over a stopped guest's disks
+	// reuse: the scratch files are made by us, see makeScratch.
+	reuse bool
 	// begun: the job was started, so Close must end it.
 	begun     bool
 	committed bool
@@ -195,8 +199,71 @@ func (s *snapshot) plan(ctx context.Context, r hypervisor.Request) error {
 			s.checkpoint = s.name
 		}
 	}
-	s.serve, err = s.h.serving(s.name)
+	if s.serve, err = s.h.serving(s.name); err != nil {
+		return err
+	}
+	return s.makeScratch(ctx)
+}
+
+// makeScratch makes the scratch files, empty qcow2 images, which libvirt would
+// make otherwise. It would have QEMU do it, by the job blockdev-create, and
+// QEMU 7.2 dies on an assertion (in qcow2_get_specific_info), and the guest
+// with it, when anybody asks for its block nodes at that moment: the likes of
+// virsh domblkinfo do. Where we may not make files in the disk's directory
+// libvirt has to.
+func (s *snapshot) makeScratch(ctx context.Context) error {
+	s.reuse = true
+	for i, v := range s.disks {
+		err := s.h.emptyImage(ctx, s.scratch(v), v.Size)
+		switch {
+		case err == nil:
+		case ctx.Err() != nil || errors.Is(err, ErrLost):
+			s.disks, err = s.disks[:i], errors.Join(err, s.removeScratch(s.h))
+			return err
+		default:
+			s.reuse = false
+			return s.removeScratch(s.h)
+		}
+	}
+	return nil
+}
+
+func (s *snapshot) removeScratch(h *Host) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), closeLimit)
+	defer cancel()
+	for _, v := range s.disks {
+		err = errors.Join(err, h.RemoveDisk(ctx, s.scratch(v)))
+	}
 	return err
+}
+
+// emptyImage makes a qcow2 image that holds nothing.
+func (h *Host) emptyImage(ctx context.Context, file string, size int64) error {
+	if h.Local() {
+		w, err := qcow2.Create(file, size, qcow2.Options{})
+		if err != nil {
+			return err
+		}
+		return w.Close()
+	}
+	dir, err := os.MkdirTemp("", "holdfast-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	tmp := filepath.Join(dir, "empty")
+	w, err := qcow2.Create(tmp, size, qcow2.Options{})
+	if err != nil {
+		return err
+	}
+	if err := w.Close(); err != nil {
+		return err
+	}
+	b, err := os.ReadFile(tmp)
+	if err != nil {
+		return err
+	}
+	return h.putFile(ctx, file, b)
 }
 
 // take begins the job, with the guest frozen if the level asks for it.
@@ -266,8 +333,12 @@ func (s *snapshot) try(ctx context.Context) error {
 	bg, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
 	defer cancel()
 	s.begun = true
+	flags := virt.DomainBackupBeginFlags(0)
+	if s.reuse {
+		flags = virt.DomainBackupBeginReuseExternal
+	}
 	err := s.h.do(bg, "begin the backup job", func(l *virt.Libvirt) error {
-		return l.DomainBackupBegin(s.d, s.backupXML(), cp, 0)
+		return l.DomainBackupBegin(s.d, s.backupXML(), cp, flags)
 	})
 	var ve virt.Error
 	if errors.As(err, &ve) {
@@ -326,12 +397,14 @@ func (s *snapshot) dropped(id hypervisor.DiskID) bool {
 
 // scratch is the path of a disk's scratch file: beside an image, where there
 // is room for what it holds; else where QEMU keeps its own things.
-func (s *snapshot) scratch(v vdisk) string {
-	dir := s.h.runDir()
+func (s *snapshot) scratch(v vdisk) string { return s.h.scratch(s.name, v) }
+
+func (h *Host) scratch(name string, v vdisk) string {
+	dir := h.runDir()
 	if v.file != "" {
 		dir = path.Dir(v.file)
 	}
-	return path.Join(dir, s.name+scratchSuffix(string(v.ID)))
+	return path.Join(dir, name+scratchSuffix(string(v.ID)))
 }
 
 // sameDisks makes sure that no disk came or went between the reading of the
@@ -468,7 +541,7 @@ func (s *snapshot) Commit(ctx context.Context) (hypervisor.ReferencePoint, error
 // Close gives the host back. It works over a new connection when the old one
 // broke.
 func (s *snapshot) Close() (err error) {
-	if !s.begun && !s.shell {
+	if !s.begun && !s.shell && !s.reuse {
 		return nil
 	}
 	h := s.h
@@ -483,23 +556,20 @@ func (s *snapshot) Close() (err error) {
 	if s.begun {
 		err = h.endJob(ctx, s.d, s.name)
 		if s.checkpoint != "" && !s.committed {
-			err = errors.Join(err, h.whileActive(ctx, s.d, s.name, func() error { return h.deleteCheckpoint(ctx, s.d, s.checkpoint) }))
+			err = errors.Join(err, h.dropCheckpoint(ctx, s.d, s.checkpoint))
 		}
 	}
 	if s.shell {
 		err = errors.Join(err, h.stopShell(s.d))
 	}
-	s.begun, s.shell = false, false
+	s.begun, s.shell, s.reuse = false, false, false
 	if s.serve != nil {
 		err = errors.Join(err, s.serve.close())
 	}
 	if h.Local() {
-		for _, v := range s.disks {
-			err = errors.Join(err, remove(s.scratch(v)))
-		}
 		err = errors.Join(err, remove(path.Join(h.runDir(), s.name+".sock")))
 	}
-	return err
+	return errors.Join(err, s.removeScratch(h))
 }
 
 // remove deletes a file; one that is not there is no error.
@@ -511,7 +581,7 @@ func remove(p string) error {
 }
 
 // endJob aborts the backup job of that name, and waits until it is gone. No
-// job, or another one, is no error. libvirt removes the scratch files.
+// job, or another one, is no error.
 func (h *Host) endJob(ctx context.Context, d virt.Domain, name string) error {
 	for first := true; ; first = false {
 		j, err := h.backupJob(ctx, d)

@@ -58,18 +58,23 @@ func (h *Host) Forget(ctx context.Context, id hypervisor.VMID, ref hypervisor.Re
 	} else if err != nil {
 		return err
 	}
-	marks, err := h.checkpointDisks(ctx, d, string(ref))
+	return h.dropCheckpoint(ctx, d, string(ref))
+}
+
+// dropCheckpoint deletes a checkpoint if it is there.
+func (h *Host) dropCheckpoint(ctx context.Context, d virt.Domain, name string) error {
+	marks, err := h.checkpointDisks(ctx, d, name)
 	if err != nil || marks == nil {
 		return err
 	}
-	return h.whileActive(ctx, d, string(ref), func() error { return h.deleteCheckpoint(ctx, d, string(ref)) })
+	return h.whileActive(ctx, d, name, func() error { return h.deleteCheckpoint(ctx, d, name) })
 }
 
 // Clean removes, in this order: a job, a QEMU that a dead session started over
 // a stopped guest, checkpoints, bitmaps that no checkpoint knows (of a running
-// guest: elsewhere they are not seen), scratch files and sockets. Files of
-// hosts that are not this machine are left to libvirt, which removes them with
-// their job.
+// guest: elsewhere they are not seen), scratch files and sockets. On a host
+// that is not this machine only files of jobs and checkpoints that are found
+// can be named, and so removed.
 func (h *Host) Clean(ctx context.Context, id hypervisor.VMID, repository string, dead func(session string) bool, keep []hypervisor.ReferencePoint) ([]string, error) {
 	d, err := h.domain(ctx, id)
 	if err != nil {
@@ -105,6 +110,25 @@ func (c *cleaner) job(ctx context.Context) error {
 		return err
 	}
 	c.did = append(c.did, "ended backup job "+j.name)
+	return c.scratch(ctx, j.name)
+}
+
+// scratch removes the scratch files of that name.
+func (c *cleaner) scratch(ctx context.Context, name string) error {
+	if c.h.Local() {
+		return nil // see files
+	}
+	_, dom, err := c.h.xml(ctx, c.d, 0)
+	if err != nil {
+		return err
+	}
+	for _, v := range disks(dom) {
+		if v.Excluded == "" {
+			if err := c.h.RemoveDisk(ctx, c.h.scratch(name, v)); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 
@@ -145,6 +169,9 @@ func (c *cleaner) checkpoints(ctx context.Context) error {
 				return err
 			}
 			c.did = append(c.did, "deleted checkpoint "+name)
+			if err := c.scratch(ctx, name); err != nil {
+				return err
+			}
 		}
 		gone, err := c.h.deleteBitmaps(ctx, c.d, func(b string) bool { return c.ours(b) && !slices.Contains(all, b) })
 		for _, b := range gone {
