@@ -74,7 +74,7 @@ type Deps struct {
 
 	// signal ends a serving process; nil sends signals. Tests serve in their
 	// own process.
-	signal func(pid int, hard bool)
+	signal func(session string, pid int, hard bool)
 }
 
 // Event is something an operator wants to hear of.

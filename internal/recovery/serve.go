@@ -89,7 +89,7 @@ func Serve(ctx context.Context, st *state.Dir, id string, deps func(ctx context.
 const (
 	stopGrace = 45 * time.Second // more than a server waits for its requests
 	stopLimit = 60 * time.Second
-	stopLook  = 50 * time.Millisecond
+	stopLook  = 10 * time.Millisecond
 )
 
 // endServing ends the serving process and takes its place, so that no other
@@ -134,7 +134,7 @@ func (c *command) endServing(ctx context.Context) error {
 func (c *command) end(pid int, hard bool) {
 	switch {
 	case c.signal != nil:
-		c.signal(pid, hard)
+		c.signal(c.r.ID, pid, hard)
 	case pid == os.Getpid():
 	case hard:
 		kill(pid)
