@@ -57,11 +57,11 @@ func parseAddress(u *url.URL) (address, error) {
 		return a, fmt.Errorf("libvirt URI %s: host missing", u.Redacted())
 	}
 	switch a.transport {
-	case "unix", "ssh":
+	case "unix":
 		if a.socket == "" {
 			a.socket = a.defaultSocket()
 		}
-	case "tcp", "tls":
+	case "ssh", "tcp", "tls":
 	default:
 		return a, fmt.Errorf("libvirt URI %s: transport %q is not supported (unix, tcp, tls, ssh are)", u.Redacted(), a.transport)
 	}
@@ -74,11 +74,11 @@ func parseAddress(u *url.URL) (address, error) {
 	return a, nil
 }
 
-// defaultSocket is where the daemon listens. A modular virtqemud is preferred
-// where it is found, as libvirt's own clients do.
+// defaultSocket is where a daemon of this machine listens: libvirtd, or else
+// the modular virtqemud.
 func (a address) defaultSocket() string {
 	dir := "/run/libvirt"
-	if a.path == "/session" && a.transport == "unix" {
+	if a.path == "/session" {
 		run := os.Getenv("XDG_RUNTIME_DIR")
 		if run == "" {
 			if home, err := os.UserCacheDir(); err == nil {
@@ -87,11 +87,9 @@ func (a address) defaultSocket() string {
 		}
 		dir = filepath.Join(run, "libvirt")
 	}
-	if a.transport == "unix" {
-		for _, n := range []string{"libvirt-sock", "virtqemud-sock"} {
-			if _, err := os.Stat(filepath.Join(dir, n)); err == nil {
-				return filepath.Join(dir, n)
-			}
+	for _, n := range []string{"libvirt-sock", "virtqemud-sock"} {
+		if _, err := os.Stat(filepath.Join(dir, n)); err == nil {
+			return filepath.Join(dir, n)
 		}
 	}
 	return dir + "/libvirt-sock"
@@ -115,7 +113,7 @@ func (a address) dial(ctx context.Context) (net.Conn, error) {
 		}
 		return dialers.NewTLS(a.host, o...).Dial()
 	case "ssh":
-		return a.ssh(a.socket, "virt-ssh-helper qemu://"+a.path)
+		return a.ssh()
 	default:
 		c, err := d.DialContext(ctx, "unix", a.socket)
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
@@ -132,23 +130,9 @@ func orDefault(s, def string) string {
 	return s
 }
 
-// dialUnix connects to a Unix socket on the host. Only local and ssh hosts can.
-func (a address) dialUnix(ctx context.Context, path string) (net.Conn, error) {
-	switch a.transport {
-	case "unix":
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", path)
-	case "ssh":
-		return a.ssh(path, "")
-	}
-	return nil, fmt.Errorf("sockets of %s cannot be reached over %s", a.host, a.transport)
-}
-
-// ssh runs the system's ssh, so that the operator's ssh configuration, agent
-// and known hosts hold, with a process on the far side that connects its
-// standard streams to a Unix socket there. prefer is a command to use instead
-// where the far side has it.
-func (a address) ssh(path, prefer string) (net.Conn, error) {
+// sshArgs are the options with which the system's ssh is run, so that the
+// operator's ssh configuration, agent and known hosts hold.
+func (a address) sshArgs() []string {
 	args := []string{"-T", "-e", "none", "-o", "BatchMode=yes"}
 	if a.port != "" {
 		args = append(args, "-p", a.port)
@@ -159,13 +143,21 @@ func (a address) ssh(path, prefer string) (net.Conn, error) {
 	if a.keyfile != "" {
 		args = append(args, "-i", a.keyfile)
 	}
-	q := shellQuote(path)
-	script := "if command -v socat >/dev/null 2>&1; then exec socat - UNIX-CONNECT:" + q + "; else exec nc -U " + q + "; fi"
-	if prefer != "" {
-		script = "if command -v virt-ssh-helper >/dev/null 2>&1; then exec " + prefer + "; fi; " + script
+	if a.noVerify {
+		args = append(args, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
 	}
-	args = append(args, "--", a.host, "sh -c "+shellQuote(script))
-	return startPipe(exec.Command("ssh", args...))
+	return args
+}
+
+// ssh reaches the daemon by a process on the far side that connects its
+// standard streams to the daemon's socket: libvirt's helper, or nc, as
+// libvirt's own clients do.
+func (a address) ssh() (net.Conn, error) {
+	script := "exec nc -U " + shellQuote(orDefault(a.socket, "/run/libvirt/libvirt-sock"))
+	if a.socket == "" {
+		script = "if command -v virt-ssh-helper >/dev/null 2>&1; then exec virt-ssh-helper qemu://" + a.path + "; fi; " + script
+	}
+	return startPipe(exec.Command("ssh", append(a.sshArgs(), "--", a.host, "sh -c "+shellQuote(script))...))
 }
 
 func shellQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

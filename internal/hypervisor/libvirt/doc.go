@@ -62,8 +62,6 @@
 //   - A qcow2 file of version 2 ("compat 0.10") takes no bitmap, and libvirt
 //     refuses the whole job: such disks are found beforehand.
 //   - libvirt wants a port for a job served over TCP and does not choose one.
-//   - DomainCreateXML over a domain that is already active, with AUTODESTROY,
-//     has killed libvirtd 9.0.
 //   - libvirtd examines its QEMU anew, for seconds and dozens of times, at each
 //     DomainCreateXML when root may use /dev/kvm and QEMU's user may not.
 //   - The RPC library's Disconnect waits for the daemon's answer, and its event

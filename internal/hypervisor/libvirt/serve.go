@@ -6,14 +6,15 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path"
 	"path/filepath"
 	"strconv"
 	"sync"
+	"time"
 
 	"holdfast/internal/nbd"
 )
@@ -23,10 +24,12 @@ import (
 // reached over TCP or TLS, a port of the host. libvirt does not choose a free
 // port itself, so it is a random one.
 type serving struct {
-	a       address
-	socket  string
-	port    int
-	tunnels *tunnel // of ssh; nil until it is needed
+	a      address
+	socket string
+	port   int
+
+	mu     sync.Mutex // guards tunnel
+	tunnel *tunnel    // of ssh; nil until it is needed
 }
 
 // runDir is a directory on the host in which QEMU may make files.
@@ -76,14 +79,11 @@ func (s *serving) dial(ctx context.Context, export string, o nbd.DialOptions) (*
 	case "unix":
 		a.Network, a.Addr = "unix", s.socket
 	case "ssh":
-		if s.tunnels == nil {
-			t, err := newTunnel(s.a, s.socket)
-			if err != nil {
-				return nil, err
-			}
-			s.tunnels = t
+		t, err := s.through(ctx)
+		if err != nil {
+			return nil, err
 		}
-		a.Network, a.Addr = s.tunnels.addr()
+		a.Network, a.Addr = "unix", t.socket()
 	default:
 		a.Network, a.Addr = "tcp", net.JoinHostPort(s.a.host, strconv.Itoa(s.port))
 	}
@@ -97,11 +97,29 @@ func (s *serving) dial(ctx context.Context, export string, o nbd.DialOptions) (*
 	return nbd.Dial(ctx, a, o)
 }
 
+// through gives the tunnel, making it the first time.
+func (s *serving) through(ctx context.Context) (*tunnel, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.tunnel == nil {
+		t, err := newTunnel(ctx, s.a, s.socket)
+		if err != nil {
+			return nil, err
+		}
+		s.tunnel = t
+	}
+	return s.tunnel, nil
+}
+
 func (s *serving) close() error {
-	if s.tunnels == nil {
+	s.mu.Lock()
+	t := s.tunnel
+	s.tunnel = nil
+	s.mu.Unlock()
+	if t == nil {
 		return nil
 	}
-	return s.tunnels.close()
+	return t.close()
 }
 
 // tlsConfig reads the client's certificates where libvirt's own clients do
@@ -136,88 +154,47 @@ func dirExists(p string) bool {
 	return err == nil && fi.IsDir()
 }
 
-// tunnel is a local socket behind which a remote host's Unix socket is. Only
-// this user can reach it.
+// tunnel is a local socket behind which a remote host's Unix socket is: an ssh
+// that forwards it. Only this user can reach it.
 type tunnel struct {
 	dir string
-	l   net.Listener
-	wg  sync.WaitGroup
-
-	mu     sync.Mutex // guards conns and closed
-	conns  map[io.Closer]bool
-	closed bool
+	cmd *exec.Cmd
 }
 
-func newTunnel(a address, remote string) (*tunnel, error) {
+func newTunnel(ctx context.Context, a address, remote string) (*tunnel, error) {
 	dir, err := os.MkdirTemp("", "holdfast-") // mode 0700
 	if err != nil {
 		return nil, err
 	}
-	l, err := net.Listen("unix", filepath.Join(dir, "nbd"))
-	if err != nil {
+	t := &tunnel{dir: dir}
+	args := append(a.sshArgs(), "-N", "-o", "ExitOnForwardFailure=yes", "-L", t.socket()+":"+remote, "--", a.host)
+	t.cmd = exec.Command("ssh", args...)
+	t.cmd.Stderr = os.Stderr
+	if err := t.cmd.Start(); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	t := &tunnel{dir: dir, l: l, conns: map[io.Closer]bool{}}
-	t.wg.Go(func() {
-		for {
-			near, err := l.Accept()
-			if err != nil {
-				return
-			}
-			far, err := a.dialUnix(context.Background(), remote)
-			if err != nil {
-				near.Close() // the client sees the end of the connection
-				continue
-			}
-			if !t.add(near, far) {
-				return
-			}
-			t.wg.Go(func() { t.copy(near, far) })
-			t.wg.Go(func() { t.copy(far, near) })
+	ctx, cancel := context.WithTimeout(ctx, dialLimit)
+	defer cancel()
+	for { // ssh says nothing when it is ready
+		if _, err := os.Stat(t.socket()); err == nil {
+			return t, nil
 		}
-	})
-	return t, nil
-}
-
-func (t *tunnel) addr() (network, addr string) { return "unix", t.l.Addr().String() }
-
-// add registers a pair, or closes it when the tunnel is closed.
-func (t *tunnel) add(cs ...io.Closer) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, c := range cs {
-		if t.closed {
-			c.Close()
-			continue
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(fmt.Errorf("forward %s of %s by ssh: %w", remote, a.host, context.Cause(ctx)), t.close())
+		case <-time.After(20 * time.Millisecond):
 		}
-		t.conns[c] = true
 	}
-	return !t.closed
 }
 
-// copy carries bytes one way; the end of either way ends both.
-func (t *tunnel) copy(to, from net.Conn) {
-	io.Copy(to, from) // whoever reads or writes at an end sees what went wrong
-	to.Close()
-	from.Close()
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.conns, to)
-	delete(t.conns, from)
-}
+func (t *tunnel) socket() string { return filepath.Join(t.dir, "nbd") }
 
+// close ends the ssh. Its exit status is of no interest: it was killed.
 func (t *tunnel) close() error {
-	err := t.l.Close()
-	t.mu.Lock()
-	t.closed = true
-	var open []io.Closer
-	for c := range t.conns {
-		open = append(open, c)
+	err := t.cmd.Process.Kill()
+	if errors.Is(err, os.ErrProcessDone) {
+		err = nil
 	}
-	t.mu.Unlock()
-	for _, c := range open {
-		c.Close()
-	}
-	t.wg.Wait()
+	t.cmd.Wait()
 	return errors.Join(err, os.RemoveAll(t.dir))
 }

@@ -27,7 +27,7 @@ func TestParseAddress(t *testing.T) {
 		{uri: "qemu+tcp://h:99/system", want: address{transport: "tcp", host: "h", port: "99", path: "/system"}},
 		{uri: "qemu+tls://h/system?pkipath=/p&no_verify=1", want: address{transport: "tls", host: "h", path: "/system", pki: "/p", noVerify: true}},
 		{uri: "qemu://h/system", want: address{transport: "tls", host: "h", path: "/system"}},
-		{uri: "qemu+ssh://u@h:22/system?keyfile=/k", want: address{transport: "ssh", host: "h", port: "22", user: "u", keyfile: "/k", socket: "/run/libvirt/libvirt-sock", path: "/system"}},
+		{uri: "qemu+ssh://u@h:22/system?keyfile=/k", want: address{transport: "ssh", host: "h", port: "22", user: "u", keyfile: "/k", path: "/system"}},
 		{uri: "qemu+ssh:///system", err: "host missing"},
 		{uri: "qemu+unix://h/system", err: "takes no host"},
 		{uri: "qemu+libssh2://h/system", err: "not supported"},

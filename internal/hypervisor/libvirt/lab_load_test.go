@@ -1,0 +1,140 @@
+//go:build unix
+
+package libvirt
+
+import (
+	"bytes"
+	"errors"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"holdfast/internal/disk"
+	"holdfast/internal/hypervisor"
+	"holdfast/test/lab"
+)
+
+// TestLabLoad backs up a guest that writes all the time: a full copy of its
+// system disk and of a data disk, brought up to date by nothing but what is
+// listed as changed, is byte for byte what the second snapshot reads.
+func TestLabLoad(t *testing.T) {
+	lab.Need(t)
+	ctx := t.Context()
+	g := lab.Start(t, lab.Options{Disks: []lab.Disk{{Format: "qcow2", Size: 128 << 20}}})
+	h := open(t, Options{})
+	before := things(t, g)
+	if _, err := g.Exec(ctx, "mkfs.ext4 -q /dev/vdb && mkdir -p /mnt/b && mount /dev/vdb /mnt/b"); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.StartWriter(ctx, "/var/lib/guestwriter", "/mnt/b"); err != nil {
+		t.Fatal(err)
+	}
+	disks := []hypervisor.DiskID{"vda", "vdb"}
+	dir := t.TempDir()
+	copies := map[hypervisor.DiskID]disk.Device{}
+	take := func(session string, since hypervisor.ReferencePoint) hypervisor.Snapshot {
+		r := hypervisor.Request{VM: hypervisor.VMID(g.UUID), Since: since, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: session}}
+		out := h.Snapshot(ctx, []hypervisor.Request{r}, hypervisor.SnapshotOptions{})[0]
+		if out.Err != nil {
+			t.Fatal(out.Err)
+		}
+		t.Cleanup(func() { out.Snapshot.Close() })
+		return out.Snapshot
+	}
+	finish := func(s hypervisor.Snapshot) hypervisor.ReferencePoint {
+		ref, err := s.Commit(ctx)
+		if err = errors.Join(err, s.Close()); err != nil {
+			t.Fatal(err)
+		}
+		return ref
+	}
+	s := take("01", "")
+	t.Logf("first: %q", s.Notes())
+	for _, d := range disks {
+		r, err := s.Open(ctx, d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := disk.CreateFile(filepath.Join(dir, string(d)), r.Size())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		copies[d] = f
+		n := transfer(t, f, r, r.Extents(ctx, 0, r.Size()))
+		t.Logf("%s: copied %d of %d bytes", d, n, r.Size())
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	ref := finish(s)
+	if _, err := g.WaitWriter(ctx, 50); err != nil {
+		t.Fatal(err)
+	}
+	s = take("02", ref)
+	t.Logf("second: %q", s.Notes())
+	for _, d := range disks {
+		r, err := s.Open(ctx, d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := transfer(t, copies[d], r, s.Changed(ctx, d))
+		t.Logf("%s: %d of %d bytes are listed as changed", d, n, r.Size())
+		if n == 0 || n > r.Size()/2 {
+			t.Errorf("%s: %d bytes listed", d, n)
+		}
+		if at := compare(t, copies[d], r); at >= 0 {
+			t.Errorf("%s: full copy and changes differ from the snapshot in the MiB at %d", d, at)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	next := finish(s)
+	for _, ref := range []hypervisor.ReferencePoint{ref, next} {
+		if err := h.Forget(ctx, hypervisor.VMID(g.UUID), ref); err != nil {
+			t.Error(err)
+		}
+	}
+	if after := things(t, g); !slices.Equal(before, after) {
+		t.Errorf("host is not as it was:\nbefore %q\nafter  %q", before, after)
+	}
+}
+
+// transfer copies extents, and returns how many bytes were not zeros.
+func transfer(t *testing.T, to disk.Device, from disk.Reader, ex disk.Extents) (n int64) {
+	t.Helper()
+	buf := make([]byte, 1<<20)
+	for e, err := range ex {
+		if err != nil {
+			t.Fatal(err)
+		}
+		for off := e.Off; off < e.End() && !e.Zero; off += int64(len(buf)) {
+			p := buf[:min(int64(len(buf)), e.End()-off)]
+			if err := from.ReadAt(t.Context(), p, off); err != nil {
+				t.Fatal(err)
+			}
+			if err := to.WriteAt(t.Context(), p, off); err != nil {
+				t.Fatal(err)
+			}
+			n += int64(len(p))
+		}
+	}
+	return n
+}
+
+// compare returns the first MiB in which two disks differ, -1 if none.
+func compare(t *testing.T, a, b disk.Reader) int64 {
+	t.Helper()
+	p, q := make([]byte, 1<<20), make([]byte, 1<<20)
+	for off := int64(0); off < a.Size(); off += 1 << 20 {
+		n := min(1<<20, a.Size()-off)
+		if err := errors.Join(a.ReadAt(t.Context(), p[:n], off), b.ReadAt(t.Context(), q[:n], off)); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(p[:n], q[:n]) {
+			return off
+		}
+	}
+	return -1
+}
