@@ -64,7 +64,9 @@ func recovered(config []byte, vm hypervisor.NewVM, host facts) (dom *element, no
 	}
 	dom.need("name").setText(vm.Name)
 	identify(dom, vm.NewIdentity)
-	firmware(dom, vm, &notes)
+	if err := firmware(dom, vm, host, &notes); err != nil {
+		return nil, nil, err
+	}
 	originals, err := redirect(dom, vm, host, &notes)
 	if err != nil {
 		return nil, nil, err
@@ -101,6 +103,10 @@ func strip(dom *element) {
 		case "interface":
 			if t := dev.at("target"); t != nil && strings.HasPrefix(t.attr("dev"), "vnet") {
 				dev.dropAll("target")
+			}
+			if src := dev.at("source"); src != nil && dev.attr("type") == "network" {
+				src.set("portid", "")
+				src.set("bridge", "")
 			}
 		case "console", "serial", "parallel":
 			if dev.attr("type") == "pty" {
@@ -184,8 +190,11 @@ func identify(dom *element, fresh bool) {
 }
 
 // firmware points the domain at its variable store.
-func firmware(dom *element, vm hypervisor.NewVM, notes *[]string) {
+func firmware(dom *element, vm hypervisor.NewVM, host facts, notes *[]string) error {
 	osn := dom.at("os")
+	if code := osn.at("loader").text(); code != "" && !host.exists(code) {
+		return fmt.Errorf("the VM's firmware %s is not on this host: install it there (Debian: ovmf)", code)
+	}
 	nv := osn.at("nvram")
 	switch {
 	case vm.NVRAM != "":
@@ -200,6 +209,7 @@ func firmware(dom *element, vm hypervisor.NewVM, notes *[]string) {
 		nv.children = nil
 		*notes = append(*notes, "firmware variables are not in the restore point: the guest starts with new ones")
 	}
+	return nil
 }
 
 // redirect points the disks to where vm has them and removes those that it
@@ -396,6 +406,13 @@ func isolate(dom *element, taps bool, notes *[]string) {
 	if !taps {
 		kind = "user"
 	}
+	dom.drop(func(e *element) bool {
+		if e.name != "qemu:commandline" {
+			return false
+		}
+		*notes = append(*notes, "arguments of QEMU's own are left out: they could connect the guest")
+		return true
+	})
 	keep := []string{"mac", "model", "boot", "rom", "address", "alias", "mtu", "acpi"}
 	dom.at("devices").drop(func(e *element) bool {
 		if e.name != "interface" {
