@@ -5,6 +5,7 @@ package libvirt
 import (
 	"bytes"
 	"errors"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -91,6 +92,39 @@ func TestLabLoad(t *testing.T) {
 		}
 	}
 	next := finish(s)
+
+	// Somebody takes a snapshot of vdb: what was written before it, into a
+	// layer that is below now, is listed all the same, or nothing is.
+	virsh(t, "snapshot-create-as", g.Name, "theirs", "--disk-only", "--atomic", "--diskspec", "vda,snapshot=no", "--diskspec", "vdb,snapshot=external,file="+filepath.Join(g.Dir, "theirs"))
+	if _, err := g.WaitWriter(ctx, 20); err != nil {
+		t.Fatal(err)
+	}
+	s = take("03", next)
+	r, err := s.Open(ctx, "vdb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ex, err := disk.Collect(s.Changed(ctx, "vdb")); errors.Is(err, hypervisor.ErrNoReference) {
+		t.Logf("after a foreign snapshot: %v", err)
+	} else if err != nil {
+		t.Error(err)
+	} else {
+		t.Logf("after a foreign snapshot: %d bytes are listed", transfer(t, copies["vdb"], r, disk.List(ex...)))
+		if at := compare(t, copies["vdb"], r); at >= 0 {
+			t.Errorf("after a foreign snapshot: changes differ in the MiB at %d", at)
+		}
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	virsh(t, "blockcommit", g.Name, "vdb", "--active", "--pivot")
+	virsh(t, "snapshot-delete", g.Name, "theirs", "--metadata")
+	if err := os.Remove(filepath.Join(g.Dir, "theirs")); err != nil {
+		t.Error(err)
+	}
 	for _, ref := range []hypervisor.ReferencePoint{ref, next} {
 		if err := h.Forget(ctx, hypervisor.VMID(g.UUID), ref); err != nil {
 			t.Error(err)
@@ -137,4 +171,40 @@ func compare(t *testing.T, a, b disk.Reader) int64 {
 		}
 	}
 	return -1
+}
+
+// TestLabLost breaks the connection to the daemon during a backup: the commit
+// says so, and Close cleans up over a new connection.
+func TestLabLost(t *testing.T) {
+	g, f := labFixture(t, lab.Options{Blank: true, Stopped: true})
+	for _, running := range []bool{false, true} {
+		if running {
+			virsh(t, "start", g.Name)
+		}
+		h := open(t, Options{})
+		before := things(t, g)
+		r := hypervisor.Request{VM: f.VM, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: "01"}}
+		o := h.Snapshot(t.Context(), []hypervisor.Request{r}, hypervisor.SnapshotOptions{Consistency: hypervisor.Crash})[0]
+		if o.Err != nil {
+			t.Fatal(o.Err)
+		}
+		if err := h.wire.c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		poll(t, "the loss is seen", func() bool { return h.wire.lost() != nil })
+		if _, err := o.Snapshot.Commit(t.Context()); !errors.Is(err, ErrLost) {
+			t.Errorf("commit: %v", err)
+		} else {
+			t.Logf("commit: %v", err)
+		}
+		if _, err := h.VMs(t.Context()); !errors.Is(err, ErrLost) {
+			t.Errorf("list: %v", err)
+		}
+		if err := o.Snapshot.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+		if after := things(t, g); !slices.Equal(before, after) {
+			t.Errorf("running %v: host is not as it was:\nbefore %q\nafter  %q", running, before, after)
+		}
+	}
 }
