@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"holdfast/internal/disk"
@@ -206,5 +207,50 @@ func TestLabLost(t *testing.T) {
 		if after := things(t, g); !slices.Equal(before, after) {
 			t.Errorf("running %v: host is not as it was:\nbefore %q\nafter  %q", running, before, after)
 		}
+	}
+}
+
+// TestLabNVRAM: the firmware's variables are in the snapshot of a stopped
+// guest, and the paused QEMU leaves them alone.
+func TestLabNVRAM(t *testing.T) {
+	g, f := labFixture(t, lab.Options{Blank: true, Stopped: true})
+	const code = "/usr/share/OVMF/OVMF_CODE_4M.fd"
+	if _, err := os.Stat(code); err != nil {
+		t.Skipf("SKIPPED: %v (package ovmf)", err)
+	}
+	vars := filepath.Join(g.Dir, "nv.fd")
+	want := bytes.Repeat([]byte("variables"), 1000)
+	if err := os.WriteFile(vars, want, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	x := virsh(t, "dumpxml", "--inactive", g.Name)
+	x = strings.Replace(x, "</type>", "</type><loader readonly='yes' type='pflash'>"+code+"</loader><nvram>"+vars+"</nvram>", 1)
+	p := filepath.Join(t.TempDir(), "d.xml")
+	if err := os.WriteFile(p, []byte(x), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	virsh(t, "define", p)
+	t.Cleanup(func() { virsh(t, "undefine", g.Name, "--keep-nvram") })
+	before := things(t, g)
+	r := hypervisor.Request{VM: f.VM, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: "01"}}
+	o := f.Source.Snapshot(t.Context(), []hypervisor.Request{r}, hypervisor.SnapshotOptions{})[0]
+	if o.Err != nil {
+		t.Fatal(o.Err)
+	}
+	found := false
+	for _, file := range o.Snapshot.VM().Config {
+		found = found || file.Name == "nvram" && bytes.Equal(file.Data, want)
+	}
+	if !found {
+		t.Errorf("no NVRAM in the configuration; notes: %q", o.Snapshot.Notes())
+	}
+	if err := o.Snapshot.Close(); err != nil {
+		t.Error(err)
+	}
+	if now, err := os.ReadFile(vars); err != nil || !bytes.Equal(now, want) {
+		t.Errorf("NVRAM was changed (%v)", err)
+	}
+	if after := things(t, g); !slices.Equal(before, after) {
+		t.Errorf("host is not as it was:\nbefore %q\nafter  %q", before, after)
 	}
 }
