@@ -120,8 +120,9 @@ func (a *app) root() *cobra.Command {
 	)
 	root.AddCommand(
 		a.initCommand(), a.vms(), a.backup(), a.check(),
-		a.points(), a.show(), a.restore(),
-		a.version(), a.thaw(),
+		a.points(), a.show(), a.restore(), a.publish(),
+		a.recover(), a.sessions(), a.resume(), a.migrate(), a.undo(),
+		a.version(), a.serve(), a.thaw(),
 	)
 	for _, cmd := range root.Commands() {
 		cmd.DisableFlagsInUseLine = true

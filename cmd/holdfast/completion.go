@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"holdfast/internal/node"
+	"holdfast/internal/recovery"
 )
 
 // Completion never asks for a passphrase and never takes long: what it cannot
@@ -92,5 +93,24 @@ func (a *app) completePoints(args []string, offer func(pointView) []string) ([]s
 			}
 		}
 		return names
+	}), cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeSession offers the ids of sessions.
+func (a *app) completeSession(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return a.quick(func(_ context.Context, n *node.Node) (ids []string) {
+		infos, err := n.Sessions()
+		if err != nil {
+			return nil
+		}
+		for _, i := range infos {
+			if i.State != recovery.Done {
+				ids = append(ids, i.ID+"\t"+sessionVM(i.Record)+", "+string(i.State))
+			}
+		}
+		return ids
 	}), cobra.ShellCompDirectiveNoFileComp
 }

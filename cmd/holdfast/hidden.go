@@ -1,6 +1,7 @@
 package main
 
 import (
+	"log/slog"
 	"os"
 	"time"
 
@@ -8,6 +9,21 @@ import (
 
 	"holdfast/internal/node"
 )
+
+// serve is the detached process that serves a session.
+func (a *app) serve() *cobra.Command {
+	return &cobra.Command{
+		Use:    "serve SESSION",
+		Short:  "Serve a session (started by recover, publish and resume)",
+		Hidden: true,
+		Args:   args(1, 1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			a.quiet = true
+			log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+			return a.open().Serve(cmd.Context(), args[0], os.Stdin, os.Stdout, log)
+		},
+	}
+}
 
 // thaw is the detached process that guards a frozen guest.
 func (a *app) thaw() *cobra.Command {

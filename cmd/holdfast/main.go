@@ -86,14 +86,32 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // errorLine is one line that says what went wrong and what to do.
 func errorLine(ctx context.Context, err error) string {
-	if errors.Is(context.Cause(ctx), errInterrupted) && errors.Is(err, context.Canceled) {
-		return context.Cause(ctx).Error()
+	if interrupted(ctx) && (errors.Is(err, context.Canceled) || errors.Is(err, errInterrupted)) {
+		return interruption(ctx, err)
 	}
 	s := oneLine(err.Error())
 	if advice := node.Advice(err); advice != "" {
 		s += "; " + advice
 	}
 	return s
+}
+
+// interruption is the line of a command that a signal has ended: what it was
+// at, which may tell of something that could not be cleaned up, and what
+// continues it.
+func interruption(ctx context.Context, err error) string {
+	cause := context.Cause(ctx).Error()
+	if u, ok := errors.AsType[*node.Unfinished](err); ok {
+		return fmt.Sprintf("%s; %q continues", cause, u.Next)
+	}
+	at := oneLine(err.Error())
+	for _, known := range []string{cause, context.Canceled.Error()} {
+		at = strings.Trim(strings.ReplaceAll(at, known, ""), ":; ")
+	}
+	if at == "" {
+		return cause
+	}
+	return cause + ": " + at
 }
 
 // oneLine joins the lines of joined errors.

@@ -23,6 +23,12 @@ func (a *app) result(v any, human func() string) error {
 	return err
 }
 
+// jsonLine writes v as JSON on one line.
+func (a *app) jsonLine(v any) error {
+	a.settle()
+	return json.NewEncoder(a.stdout).Encode(v)
+}
+
 // list is v, or an empty list for a nil one: JSON knows the difference.
 func list[T any](v []T) []T {
 	if v == nil {

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"holdfast/internal/state"
 )
 
 // The scripts in testdata are sessions at a shell: a line that begins with "$ "
@@ -79,7 +81,6 @@ type script struct {
 	t   *testing.T
 	dir string
 	env map[string]string
-	bg  *exec.Cmd // a command in the background
 }
 
 func newScript(t *testing.T) *script {
@@ -93,10 +94,11 @@ func newScript(t *testing.T) *script {
 		"HOLDFAST_REPO": filepath.Join(dir, "repo"), "HOLDFAST_STATE": filepath.Join(dir, "state"),
 		"HOLDFAST_PASSPHRASE": "a passphrase",
 	}}
-	t.Cleanup(func() {
-		if s.bg != nil {
-			_ = s.bg.Process.Kill()
-			_ = s.bg.Wait()
+	t.Cleanup(func() { // what a script that failed has left
+		if dir, err := state.Open(s.env["HOLDFAST_STATE"]); err == nil {
+			if all, err := dir.Sessions(); err == nil && len(all) == 1 {
+				_ = s.killServer()
+			}
 		}
 	})
 	return s
@@ -236,6 +238,7 @@ func (s *script) mask(said string) string {
 //	same FILE FILE       fails if two files differ
 //	ls DIR               fails with the names
 //	env K=V              for what follows
+//	killserver           kill what serves the one session, whose id $SESSION is then
 func (s *script) builtin(words []string) error {
 	path := func(i int) string {
 		if filepath.IsAbs(words[i]) {
@@ -292,6 +295,8 @@ func (s *script) builtin(words []string) error {
 			names = append(names, e.Name())
 		}
 		return errors.New(strings.Join(names, " "))
+	case "killserver":
+		return s.killServer()
 	case "env":
 		k, v, _ := strings.Cut(words[1], "=")
 		s.env[k] = v
@@ -299,6 +304,34 @@ func (s *script) builtin(words []string) error {
 	}
 	s.t.Fatalf("no command %q", words[0])
 	return nil
+}
+
+// killServer kills a serving process as a crash would.
+func (s *script) killServer() error {
+	dir, err := state.Open(s.env["HOLDFAST_STATE"])
+	if err != nil {
+		return err
+	}
+	all, err := dir.Sessions()
+	if err != nil || len(all) != 1 {
+		return fmt.Errorf("%d sessions, not one: %w", len(all), err)
+	}
+	s.env["SESSION"] = all[0].ID()
+	h, ok := all[0].Serving()
+	if !ok {
+		return errors.New("nobody serves it")
+	}
+	p, err := os.FindProcess(h.PID)
+	if err == nil {
+		err = p.Kill()
+	}
+	for deadline := time.Now().Add(10 * time.Second); ok && err == nil; _, ok = all[0].Serving() {
+		if time.Now().After(deadline) {
+			return errors.New("it does not die")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return err
 }
 
 func poke(path, at, value string) error {
