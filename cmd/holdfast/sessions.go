@@ -53,6 +53,9 @@ func viewSession(i recovery.Info) sessionView {
 			v.URIs = append(v.URIs, publish.URI(i.Publication.Listen[0], d.Name))
 		}
 	}
+	if i.Kind != recovery.Recovery {
+		v.Safe = "" // it is said of guests
+	}
 	if i.Err != nil {
 		v.State, v.Error = "unreadable", oneLine(i.Err.Error())
 	}
@@ -137,7 +140,7 @@ func sessionsText(sessions []sessionView) string {
 			continue
 		}
 		t.add(s.Session, s.VM, s.State, served, clock(s.Times.Created), short(s.Point), where)
-		if s.Safe != "" && s.Kind == string(recovery.Recovery) {
+		if s.Safe != "" {
 			fmt.Fprintf(&remarks, "%s may be used for: %s\n", s.VM, s.Safe)
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"os"
+	"path"
 	"path/filepath"
 	"strings"
 	"time"
@@ -103,6 +105,14 @@ func remoteOf(host string) (string, error) {
 	return u.Hostname(), nil
 }
 
+// onHost refuses a path that cannot be one on a host.
+func onHost(storage string) error {
+	if !path.IsAbs(storage) {
+		return usage("--storage %q: give the absolute path of a directory on the host", storage)
+	}
+	return nil
+}
+
 // dataLimit bounds the time spent on finding out how much a recovery would
 // copy: on huge disks it is not worth the guest's waiting.
 const dataLimit = 200 * time.Millisecond
@@ -121,6 +131,9 @@ type RecoverRequest struct {
 // Recover runs a restore point's VM on a host. It returns when the guest is
 // started, or with Wait when its agent answers.
 func (n *Node) Recover(ctx context.Context, p repo.Point, q RecoverRequest) (recovery.Record, error) {
+	if err := onHost(q.Storage); err != nil {
+		return recovery.Record{}, err
+	}
 	r, err := n.Repo(ctx)
 	if err != nil {
 		return recovery.Record{}, err
@@ -207,6 +220,11 @@ func (n *Node) Resume(ctx context.Context) ([]recovery.Resumed, error) {
 
 // Migrate moves a session's VM to production storage.
 func (n *Node) Migrate(ctx context.Context, session, storage string) (recovery.Record, error) {
+	if storage != "" {
+		if err := onHost(storage); err != nil {
+			return recovery.Record{}, err
+		}
+	}
 	d, err := n.deps()
 	if err != nil {
 		return recovery.Record{}, err
@@ -289,12 +307,20 @@ type PublishRequest struct {
 // listenAddress turns an address as the operator gives it into one of
 // publish.Spec.
 func listenAddress(s string) (string, error) {
-	if path, ok := strings.CutPrefix(s, "unix:"); ok {
-		if path == "" {
+	if file, ok := strings.CutPrefix(s, "unix:"); ok {
+		if file == "" {
 			return "", usage("--nbd unix:PATH needs a path")
 		}
-		abs, err := filepath.Abs(path)
-		return "unix:" + abs, err
+		abs, err := filepath.Abs(file)
+		if err != nil {
+			return "", err
+		}
+		if fi, err := os.Stat(filepath.Dir(abs)); err != nil {
+			return "", fmt.Errorf("--nbd: %w", err)
+		} else if !fi.IsDir() {
+			return "", fmt.Errorf("--nbd: %s is not a directory", filepath.Dir(abs))
+		}
+		return "unix:" + abs, nil
 	}
 	s, _ = strings.CutPrefix(s, "tcp:")
 	if s == "" {

@@ -37,6 +37,9 @@ type Placed struct {
 // RestoreVM makes a restore point's VM on a host, stopped, with disks of its
 // own. On an error all that was made there is removed.
 func (n *Node) RestoreVM(ctx context.Context, p repo.Point, q VMRequest) (_ Placed, err error) {
+	if err := onHost(q.Storage); err != nil {
+		return Placed{}, err
+	}
 	r, err := n.Repo(ctx)
 	if err != nil {
 		return Placed{}, err
