@@ -146,8 +146,7 @@ func resume(ctx context.Context, d Deps, s *state.Session, r Record) (string, er
 	return did + went, err
 }
 
-// unpause lets a session's guest go on. A host that does not answer is asked
-// again for a while: it may be starting, too.
+// unpause lets a session's guest go on.
 func unpause(ctx context.Context, d Deps, r Record) (string, error) {
 	t, err := d.Target(ctx, r.Host)
 	if err != nil {
