@@ -56,6 +56,9 @@ type Spec struct {
 type Disk struct {
 	Name string `json:"name"`
 	Size int64  `json:"size"` // bytes
+	// Root is the disk's map in the repository, so that it can be opened also
+	// when its point is not listed any more; opaque here.
+	Root string `json:"root"`
 	// Identity names the content for good: an overlay is never opened over
 	// another one.
 	Identity string `json:"identity"`

@@ -191,7 +191,7 @@ func newWorld(t *testing.T, overlay bool) (*world, []byte, []byte) {
 	b, wantB := filled(t, 11)
 	w := &world{T: t, disks: map[string]disk.Reader{"vda": a, "vdb": b}}
 	w.spec = Spec{
-		Disks:  []Disk{{"vda", size, "point/vda"}, {"vdb", size, "point/vdb"}},
+		Disks:  []Disk{{Name: "vda", Size: size, Identity: "point/vda"}, {Name: "vdb", Size: size, Identity: "point/vdb"}},
 		Listen: []string{"unix:" + filepath.Join(t.TempDir(), "run", "s"), "tcp:127.0.0.1:0"},
 	}
 	if overlay {

@@ -155,7 +155,7 @@ const overlays = "overlays"
 func exports(p repo.Point) []publish.Disk {
 	var out []publish.Disk
 	for _, d := range p.Disks {
-		out = append(out, publish.Disk{Name: d.ID, Size: d.Size, Identity: string(p.ID) + "/" + d.ID})
+		out = append(out, publish.Disk{Name: d.ID, Size: d.Size, Root: string(d.Root), Identity: string(p.ID) + "/" + d.ID})
 	}
 	return out
 }
