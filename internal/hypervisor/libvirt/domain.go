@@ -20,6 +20,9 @@ type vdisk struct {
 	file string // its image's path on the host, if it is a plain file
 	// node is QEMU's name of the disk's format layer while the guest runs.
 	node string
+	// bare says why no bitmap can be kept for it, "" if one can; known once
+	// the guest's block nodes are.
+	bare string
 }
 
 // active reports whether a QEMU process holds the domain, paused or not.

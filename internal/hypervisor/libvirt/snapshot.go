@@ -189,15 +189,15 @@ func (s *snapshot) plan(ctx context.Context, r hypervisor.Request) error {
 	if err != nil {
 		return err
 	}
-	if s.full, err = s.h.untracked(ctx, s.d, s.disks, nodes, r.Since, r.Owner); err != nil {
-		return err
-	}
-	for _, v := range s.disks {
-		if why := trackable(v, nodes); why != "" {
-			s.notes = append(s.notes, fmt.Sprintf("disk %s: %s", v.ID, why))
+	for i, v := range s.disks {
+		if s.disks[i].bare = trackable(v, nodes); s.disks[i].bare != "" {
+			s.notes = append(s.notes, fmt.Sprintf("disk %s: %s", v.ID, s.disks[i].bare))
 		} else {
 			s.checkpoint = s.name
 		}
+	}
+	if s.full, err = s.h.untracked(ctx, s.d, s.disks, nodes, r.Since, r.Owner); err != nil {
+		return err
 	}
 	if s.serve, err = s.h.serving(s.name); err != nil {
 		return err
@@ -378,7 +378,7 @@ func (s *snapshot) checkpointXML() string {
 	for _, d := range s.vm.Disks {
 		mode := "no"
 		for _, v := range s.disks {
-			if v.ID == d.ID && v.Format == "qcow2" && !strings.HasPrefix(s.full[v.ID], "qcow2 disk of the old version") {
+			if v.ID == d.ID && v.bare == "" {
 				mode = "bitmap"
 			}
 		}

@@ -108,8 +108,8 @@ func (h *Host) untracked(ctx context.Context, d virt.Domain, vs []vdisk, nodes m
 		return why
 	}
 	for _, v := range vs {
-		if r := trackable(v, nodes); r != "" {
-			why[v.ID] = r
+		if v.bare != "" {
+			why[v.ID] = v.bare
 		}
 	}
 	if since == "" {
