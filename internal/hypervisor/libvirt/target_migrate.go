@@ -21,8 +21,12 @@ import (
 // errJobOver: the block job ended and the disk is not local.
 var errJobOver = errors.New("copying ended early")
 
-// wakes bounds how often a guest that is off is started paused in one Migrate.
-const wakes = 5
+const (
+	// goes bounds how often one Migrate begins anew after a job that ended early.
+	goes = 5
+	// pauseBetween lets QEMU connect again before the next one.
+	pauseBetween = 500 * time.Millisecond
+)
 
 // pollJob is how often a block job is looked at.
 const pollJob = 250 * time.Millisecond
@@ -56,7 +60,7 @@ func (h *Host) Migrate(ctx context.Context, id hypervisor.VMID, storage string, 
 		report = func(int64, int64) {}
 	}
 	h.noteNetwork(ctx, d)
-	for range wakes {
+	for n := range goes {
 		if err = h.wake(ctx, id, d); err != nil {
 			return err
 		}
@@ -71,8 +75,18 @@ func (h *Host) Migrate(ctx context.Context, id hypervisor.VMID, storage string, 
 		if ioError {
 			return fmt.Errorf("%w: the restore point does not answer: run resume, then migrate again", err)
 		}
-		if state != hypervisor.Stopped {
+		if state == hypervisor.Stopped {
+			continue
+		}
+		// A disk that nobody has read since its server was started again: QEMU
+		// notices at the first request, and connects at one of the next.
+		if n == goes-1 {
 			return fmt.Errorf("%w: %w", err, h.whyOver(ctx, cleanPath(storage)))
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pauseBetween):
 		}
 	}
 	if err != nil {
