@@ -102,7 +102,7 @@ func clock(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") 
 // took is a duration for reading.
 func took(d time.Duration) string {
 	switch {
-	case d < 10*time.Second:
+	case d < 10*time.Second && d%time.Second != 0:
 		return fmt.Sprintf("%.1f s", d.Seconds())
 	case d < 2*time.Minute:
 		return fmt.Sprintf("%.0f s", d.Seconds())

@@ -187,7 +187,7 @@ func (s *showing) line() string {
 		text += fmt.Sprintf("  %s/s", size(int64(p.Rate)))
 	}
 	if p.Left > 0 {
-		text += fmt.Sprintf("  %s left", took(p.Left.Round(time.Second)))
+		text += fmt.Sprintf("  %s left", took(max(p.Left.Round(time.Second), time.Second)))
 	}
 	return text
 }

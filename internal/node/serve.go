@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"time"
 
@@ -137,14 +136,6 @@ func (n *Node) publishing(resumable bool, report func(error)) func(context.Conte
 		if err != nil {
 			return publish.Deps{}, err
 		}
-		points, err := r.Points(ctx)
-		if err != nil {
-			return publish.Deps{}, err
-		}
-		i := slices.IndexFunc(points, func(p repo.Point) bool { return p.ID == rec.Point })
-		if i < 0 {
-			return publish.Deps{}, fmt.Errorf("%w: %s", repo.ErrNotExist, rec.Point)
-		}
 		o := nbd.ServerOptions{Resumable: resumable, Report: report}
 		if o.Allow, err = allowed(ctx, rec.Host); err != nil {
 			return publish.Deps{}, err
@@ -152,12 +143,7 @@ func (n *Node) publishing(resumable bool, report func(error)) func(context.Conte
 		return publish.Deps{
 			Pin: func(ctx context.Context) error { return r.Pin(ctx, rec.ID, rec.Point) },
 			Open: func(ctx context.Context, d publish.Disk) (disk.Reader, error) {
-				for _, of := range points[i].Disks {
-					if of.ID == d.Name {
-						return r.OpenDisk(ctx, of)
-					}
-				}
-				return nil, fmt.Errorf("the restore point has no disk %s", d.Name)
+				return r.OpenDisk(ctx, repo.Disk{ID: d.Name, Size: d.Size, Root: repo.Root(d.Root)})
 			},
 			Listen: func(ctx context.Context, addr string) (net.Listener, error) { return listen(ctx, addr, rec.Kind) },
 			Serve: func(ctx context.Context, e disk.Exports, l net.Listener) error {
