@@ -70,7 +70,8 @@ func (m *blockMap) at(c int64) *entry {
 	if l.entries == nil {
 		l.entries = new([leafLen]entry)
 		if l.zero {
-			for i := range l.entries {
+			// The last leaf may have fewer clusters than it has room for.
+			for i := range min(leafLen, m.clusters()-c/leafLen*leafLen) {
 				l.entries[i] = entry{zero: full, stamp: l.stamp}
 			}
 			l.zero = false

@@ -413,6 +413,28 @@ func TestHuge(t *testing.T) {
 	}
 }
 
+// TestZeroAll zeroes a whole disk of an odd size and goes on.
+func TestZeroAll(t *testing.T) {
+	ctx := t.Context()
+	base := baseDisk(t, 700<<10+100)
+	o, dir := newOverlay(t, base)
+	want := make([]byte, o.Size())
+	want[5] = 1
+	if err := errors.Join(o.ZeroAt(ctx, 0, o.Size()), o.WriteAt(ctx, want[:6], 0)); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		disktest.Reader(t, o, want)
+		if err := errors.Join(o.Flush(ctx), o.Close()); err != nil {
+			t.Fatal(err)
+		}
+		o = reopen(t, dir, base)
+	}
+	if err := o.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestRewrite has the log rewritten many times while writes and flushes go on
 // beside it.
 func TestRewrite(t *testing.T) {
