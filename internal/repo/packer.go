@@ -43,7 +43,7 @@ type packItem struct {
 func (k *packer) add(ctx context.Context, id pack.ID, at int64, plain int, data []byte) error {
 	k.mu.Lock()
 	if k.arena == nil {
-		k.arena = arenas.Get().([]byte)[:0]
+		k.arena = (*arenas.Get().(*[]byte))[:0]
 	}
 	k.items = append(k.items, packItem{pack.Item{ID: id, Plain: plain}, at, len(k.arena), len(data)})
 	k.arena = append(k.arena, data...)
@@ -73,7 +73,7 @@ func (k *packer) flush(ctx context.Context) error {
 	return k.run.storePack(ctx, k.kind, items, arena)
 }
 
-var arenas = sync.Pool{New: func() any { return make([]byte, 0, chunkPackBytes+ChunkSize+64) }}
+var arenas = sync.Pool{New: func() any { p := make([]byte, 0, chunkPackBytes+ChunkSize+64); return &p }}
 
 // storePack seals and stores a pack in the background.
 func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, arena []byte) error {
@@ -87,7 +87,7 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 	run.storing.Go(func() {
 		defer func() { <-run.slots }()
 		p, err := run.r.putPack(run.ctx, kind, items, arena)
-		arenas.Put(arena)
+		arenas.Put(&arena)
 		if err != nil {
 			run.fail(err)
 			return

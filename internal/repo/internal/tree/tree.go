@@ -25,8 +25,6 @@ const (
 	MaxNode = headLen + Fanout*32
 
 	headLen = 4 + Fanout/8
-	// maxLevels bounds a disk to 2^63 bytes: 6 levels map 2^64.
-	maxLevels = 6
 )
 
 // ErrNode is returned for bytes that are no node.
