@@ -19,6 +19,11 @@ import (
 func TestMigrateStopped(t *testing.T) {
 	r := recoverGuest(t, true)
 	ctx := t.Context()
+	if err := lab.Poll(ctx, 2*time.Minute, "the guest has an address", func() (bool, error) {
+		return r.exec("ip -4 -o addr show dev eth0") != "", nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 	before, err := r.h.Network(ctx, r.id)
 	if err != nil || !strings.HasPrefix(before, "connected: 10.0.2.") {
 		t.Fatalf("network: %q, %v", before, err)
