@@ -211,6 +211,34 @@ func TestSweep(t *testing.T) {
 	}
 }
 
+func TestClear(t *testing.T) {
+	d := open(t)
+	s := session(t, d, record{"a", 1})
+	for _, p := range []string{"overlays/vda", "other"} {
+		if err := os.MkdirAll(s.Path(p), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range []string{"log", "overlays/vda/data", "other/note.json"} {
+		if err := os.WriteFile(s.Path(p), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := s.Clear(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left, err := filepath.Glob(s.Path("*"))
+	if err != nil || len(left) != 3 { // session.json, command.lock, log
+		t.Errorf("left %v, %v", left, err)
+	}
+	var r record
+	if err := s.Load(&r); err != nil || r.N != 1 {
+		t.Errorf("%v, %v", r, err)
+	}
+}
+
 func TestFirstRecordFails(t *testing.T) {
 	d := open(t)
 	if _, _, err := d.NewSession(NewID(), make(chan int), "x"); err == nil {

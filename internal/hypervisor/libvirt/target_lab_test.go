@@ -82,7 +82,7 @@ type oneExport struct{ d disk.Device }
 
 func (e oneExport) Names(context.Context) ([]string, error) { return []string{"vda"}, nil }
 func (e oneExport) Open(context.Context, string) (disk.Device, error) {
-	return keptOpen{e.d}, nil
+	return keptOpen(e), nil
 }
 
 // keptOpen is a device that outlives its users.
