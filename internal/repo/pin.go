@@ -25,7 +25,9 @@ func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
 	}
 	number, master := r.ring.Newest()
 	err = putSealed(ctx, r.store, name, seal.NewHeader(seal.Pin, 0, number, r.id), struct{}{}, p, master, "pin")
-	if err != nil && !errors.Is(err, blob.ErrExist) {
+	if errors.Is(err, blob.ErrExist) {
+		return nil // and if the point was forgotten since, its data is kept
+	} else if err != nil {
 		return fmt.Errorf("pin %s: %w", id, err)
 	}
 	if err := r.refresh(ctx); err != nil {
