@@ -108,10 +108,10 @@ func (h *history) flush(t testing.TB, o *Overlay, d *disktest.Dir) error {
 	return err
 }
 
-// check compares what a disk holds after a crash at step k with what may be
-// there. Must-survive is what was flushed, or after a mere death of the
-// process all that had returned.
-func (h *history) check(t testing.TB, r disk.Reader, k int, powerLost bool) error {
+// allowed lists by sector the versions that may be found after a crash at step
+// k. Must-survive is what was flushed, or after a mere death of the process all
+// that had returned.
+func (h *history) allowed(k int, powerLost bool) [][]uint64 {
 	safe := k
 	if powerLost {
 		safe = -1
@@ -121,7 +121,6 @@ func (h *history) check(t testing.TB, r disk.Reader, k int, powerLost bool) erro
 			}
 		}
 	}
-	// By sector: the versions that may be found.
 	may := make([][]uint64, h.size/sectorSize)
 	for i := range may {
 		may[i] = []uint64{baseVersion}
@@ -137,6 +136,11 @@ func (h *history) check(t testing.TB, r disk.Reader, k int, powerLost bool) erro
 			may[i] = append(may[i], w.version)
 		}
 	}
+	return may
+}
+
+// check compares what a disk holds with what may be there.
+func (h *history) check(t testing.TB, r disk.Reader, may [][]uint64) error {
 	p := make([]byte, h.size)
 	if err := r.ReadAt(t.Context(), p, 0); err != nil {
 		return err
@@ -144,7 +148,7 @@ func (h *history) check(t testing.TB, r disk.Reader, k int, powerLost bool) erro
 	for i := range may {
 		s := p[i*sectorSize:][:sectorSize]
 		v := binary.LittleEndian.Uint64(s)
-		if !bytes.Equal(s, stamp(make([]byte, sectorSize), v)) {
+		if !bytes.Equal(s[8:], s[:sectorSize-8]) {
 			return fmt.Errorf("sector %d is mixed", i)
 		}
 		if !slices.Contains(may[i], v) {
@@ -228,7 +232,7 @@ func smallLog(t *testing.T) {
 func TestPowerLoss(t *testing.T) {
 	smallLog(t)
 	r := disktest.Rand(t)
-	writes := 60
+	writes := 40
 	if testing.Short() {
 		writes = 20
 	}
@@ -236,7 +240,8 @@ func TestPowerLoss(t *testing.T) {
 	h, d, exists := runHistory(t, r, base, writes)
 	states := 0
 	for k := range d.Len() + 1 {
-		for name, c := range d.Crashes(k, r, 5) {
+		may := h.allowed(k, true)
+		for name, c := range d.Crashes(k, r, 4) {
 			states++
 			o, err := open(crashDir{d: c}, nextBoot, testID, keep(base))
 			if k < exists && errors.Is(err, fs.ErrNotExist) {
@@ -247,10 +252,10 @@ func TestPowerLoss(t *testing.T) {
 				continue
 			}
 			if err == nil {
-				err = h.check(t, o, k, true)
+				err = h.check(t, o, may)
 			}
 			if err == nil && r.IntN(300) == 0 {
-				err = again(t, r, h, c, k, base)
+				err = again(t, r, h, c, may, base)
 			}
 			if err != nil {
 				t.Fatalf("power lost at step %d of %d, %s: %v", k, d.Len(), name, err)
@@ -262,12 +267,12 @@ func TestPowerLoss(t *testing.T) {
 
 // again loses the power while an overlay is being opened after a crash, at
 // each step, and uses what is found then.
-func again(t *testing.T, r *rand.Rand, h *history, c *disktest.Dir, k int, base disk.Reader) error {
+func again(t *testing.T, r *rand.Rand, h *history, c *disktest.Dir, may [][]uint64, base disk.Reader) error {
 	for j := range c.Len() + 1 {
 		for name, c2 := range c.Crashes(j, r, 2) {
 			o, err := open(crashDir{d: c2}, thirdBoot, testID, keep(base))
 			if err == nil {
-				err = h.check(t, o, k, true)
+				err = h.check(t, o, may)
 			}
 			if err != nil {
 				return fmt.Errorf("then again at step %d, %s: %w", j, name, err)
@@ -364,7 +369,7 @@ func TestDeath(t *testing.T) {
 			c := d.Killed(k, torn)
 			o, err := open(crashDir{d: c}, thisBoot, testID, keep(base))
 			if err == nil {
-				err = h.check(t, o, k, false)
+				err = h.check(t, o, h.allowed(k, false))
 			}
 			if err != nil {
 				t.Fatalf("died at step %d of %d, torn %v: %v", k, d.Len(), torn, err)
@@ -407,7 +412,7 @@ func TestErrors(t *testing.T) {
 				t.Fatalf("operation %d: %v", n, err)
 			}
 		}
-		if err := h.check(t, o, d.Len(), true); err != nil && o.failed == nil {
+		if err := h.check(t, o, h.allowed(d.Len(), true)); err != nil && o.failed == nil {
 			t.Fatalf("operation %d failed, still open: %v", n, err)
 		}
 		steps := d.Len() - start
@@ -418,7 +423,7 @@ func TestErrors(t *testing.T) {
 				}
 				o2, err := open(crashDir{d: c}, now, testID, keep(base))
 				if err == nil {
-					err = h.check(t, o2, d.Len(), true)
+					err = h.check(t, o2, h.allowed(d.Len(), true))
 				}
 				if err != nil {
 					t.Fatalf("operation %d failed, reopened, %s: %v", n, name, err)
@@ -551,21 +556,21 @@ func TestDiskFull(t *testing.T) {
 			if err != nil {
 				full++
 			}
-			if err := h.check(t, o, d.Len(), false); err != nil {
+			if err := h.check(t, o, h.allowed(d.Len(), false)); err != nil {
 				t.Fatalf("limit %d: %v", limit, err)
 			}
 		}
 		for range 60 {
 			try(false)
 		}
-		if err := h.check(t, mustOpen(t, d.Killed(d.Len(), false), base), d.Len(), false); err != nil {
+		if err := h.check(t, mustOpen(t, d.Killed(d.Len(), false), base), h.allowed(d.Len(), false)); err != nil {
 			t.Fatalf("limit %d, process died: %v", limit, err)
 		}
 		for name, c := range d.Crashes(d.Len(), r, 3) {
 			c.Limit(0)
 			o, err := open(crashDir{d: c}, nextBoot, testID, keep(base))
 			if err == nil {
-				err = h.check(t, o, d.Len(), true)
+				err = h.check(t, o, h.allowed(d.Len(), true))
 			}
 			if err != nil {
 				t.Fatalf("limit %d, power lost, %s: %v", limit, name, err)
