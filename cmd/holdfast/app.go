@@ -88,6 +88,7 @@ const rootExample = `  export HOLDFAST_REPO=/backup/holdfast HOLDFAST_PASSPHRASE
 
 // root is the command with all its verbs.
 func (a *app) root() *cobra.Command {
+	cobra.EnableCommandSorting = false // they are listed in the order of their use
 	root := &cobra.Command{
 		Use:           "holdfast",
 		Short:         "Back up virtual machines, and run a lost one from its backup",
@@ -110,7 +111,7 @@ func (a *app) root() *cobra.Command {
 		return usagef("%w; see \"%s --help\"", err, cmd.CommandPath())
 	})
 	flags := root.PersistentFlags()
-	flags.StringVarP(&a.repo, "repo", "r", "", "the repository's directory (default $HOLDFAST_REPO)")
+	flags.StringVarP(&a.repo, "repo", "r", "", "`DIRECTORY` of the repository (default $HOLDFAST_REPO)")
 	flags.BoolVar(&a.json, "json", false, "write results to stdout as JSON")
 	flags.BoolVarP(&a.quiet, "quiet", "q", false, "no progress and no remarks on stderr, errors only")
 	root.AddGroup(
@@ -121,7 +122,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.initCommand(), a.vms(), a.backup(), a.check(),
 		a.points(), a.show(), a.restore(), a.publish(),
-		a.recover(), a.sessions(), a.resume(), a.migrate(), a.undo(),
+		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(),
 		a.version(), a.serve(), a.thaw(),
 	)
 	for _, cmd := range root.Commands() {

@@ -67,10 +67,10 @@ One VM's failure does not stop the others; the exit status is then 1.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&consistency, "consistency", "filesystem", "crash, filesystem or application")
-	f.DurationVar(&q.FreezeLimit, "freeze-limit", 0, "how long a guest may stay frozen, whatever happens (default 10s)")
+	f.StringVar(&consistency, "consistency", "filesystem", "`LEVEL` crash, filesystem or application")
+	f.DurationVar(&q.FreezeLimit, "freeze-limit", 0, "`TIME` that a guest may stay frozen, whatever happens (default 10s)")
 	f.BoolVar(&q.Live, "live", false, "copy images of a directory even while they are written; the point is then not of one instant")
-	f.StringVar(&q.History, "history", "", "continue the history of this VM, under the backed-up VM's new identity")
+	f.StringVar(&q.History, "history", "", "continue the history of `VM`, under the backed-up VM's new identity")
 	must(cmd.RegisterFlagCompletionFunc("consistency", choices("crash", "filesystem", "application")))
 	must(cmd.RegisterFlagCompletionFunc("history", a.completeHistory))
 	return cmd

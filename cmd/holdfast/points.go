@@ -139,7 +139,7 @@ configuration to stdout as it is.`,
 			return a.result(v, func() string { return showText(v) })
 		},
 	}
-	cmd.Flags().StringVar(&file, "file", "", "write this piece of configuration to stdout")
+	cmd.Flags().StringVar(&file, "file", "", "write the piece of configuration `NAME` to stdout")
 	return cmd
 }
 

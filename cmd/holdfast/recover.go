@@ -15,7 +15,7 @@ func (a *app) recover() *cobra.Command {
 	var q node.RecoverRequest
 	var writes string
 	cmd := &cobra.Command{
-		Use:     "recover POINT --host HOST --storage DIR",
+		Use:     "recover POINT --host HOST --storage DIR [--name NAME] [--writes WHERE] [--isolated] [--wait]",
 		GroupID: "recover",
 		Short:   "Run a lost VM straight from its restore point",
 		Long: `Make the VM of a restore point on a host and start it, without copying its disks
@@ -48,10 +48,10 @@ With another --name the VM gets a new identity, and can run beside the original.
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&q.Host, "host", "", "libvirt URI of the host to run it on")
-	f.StringVar(&q.Storage, "storage", "", "directory on that host for what the guest writes, and for its disks in the end")
-	f.StringVar(&q.Name, "name", "", "name of the VM (default: as it was)")
-	f.StringVar(&writes, "writes", "host", "where the guest's writes go: host or server")
+	f.StringVar(&q.Host, "host", "", "libvirt URI of the `HOST` to run it on")
+	f.StringVar(&q.Storage, "storage", "", "directory `DIR` on that host for what the guest writes, and for its disks in the end")
+	f.StringVar(&q.Name, "name", "", "`NAME` of the VM (default: as it was)")
+	f.StringVar(&writes, "writes", "host", "`WHERE` the guest's writes go: host or server")
 	f.BoolVar(&q.NewIdentity, "new-identity", false, "new UUID and MAC addresses (implied by another --name)")
 	f.BoolVar(&q.Isolated, "isolated", false, "leave the VM's network interfaces unconnected")
 	f.BoolVar(&q.Wait, "wait", false, "wait until the guest's agent answers")
@@ -85,7 +85,7 @@ func (a *app) recovered(cmd *cobra.Command, point string, q node.RecoverRequest)
 func (a *app) migrate() *cobra.Command {
 	var storage string
 	cmd := &cobra.Command{
-		Use:     "migrate SESSION",
+		Use:     "migrate SESSION [--storage DIR]",
 		GroupID: "recover",
 		Short:   "Make the disks of a recovered VM local while it runs",
 		Long: `Copy what is not local yet of a recovered VM's disks to the host's storage while
@@ -112,7 +112,7 @@ continues where it was.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&storage, "storage", "", "directory on the host for the disks (default: that of recover)")
+	cmd.Flags().StringVar(&storage, "storage", "", "directory `DIR` on the host for the disks (default: that of recover)")
 	must(cmd.MarkFlagDirname("storage"))
 	return cmd
 }

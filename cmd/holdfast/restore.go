@@ -14,7 +14,7 @@ func (a *app) restore() *cobra.Command {
 	var files node.FilesRequest
 	var vm node.VMRequest
 	cmd := &cobra.Command{
-		Use:     "restore POINT (--to DIR | --host HOST --storage DIR)",
+		Use:     "restore POINT (--to DIR [--disk DISK] [--format FORMAT] | --host HOST --storage DIR [--name NAME])",
 		GroupID: "restore",
 		Short:   "Write a restore point's disks to files, or to a host as a stopped VM",
 		Long: `Restore a VM from a restore point, in one of two ways.
@@ -44,12 +44,12 @@ When a restore fails, what it had made is removed.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&files.Dir, "to", "", "directory to write files to; made if it is missing")
-	f.StringVar(&files.Disk, "disk", "", "only this disk (with --to)")
-	f.StringVar(&files.Format, "format", "", "raw or qcow2 (with --to; default: as the disk was)")
-	f.StringVar(&vm.Host, "host", "", "libvirt URI of the host to make a VM on")
-	f.StringVar(&vm.Storage, "storage", "", "directory on that host for the VM's disks")
-	f.StringVar(&vm.Name, "name", "", "name of the new VM (with --host; default: as it was)")
+	f.StringVar(&files.Dir, "to", "", "directory `DIR` to write files to; made if it is missing")
+	f.StringVar(&files.Disk, "disk", "", "only `DISK` (with --to)")
+	f.StringVar(&files.Format, "format", "", "`FORMAT` raw or qcow2 (with --to; default: as the disk was)")
+	f.StringVar(&vm.Host, "host", "", "libvirt URI of the `HOST` to make a VM on")
+	f.StringVar(&vm.Storage, "storage", "", "directory `DIR` on that host for the VM's disks")
+	f.StringVar(&vm.Name, "name", "", "`NAME` of the new VM (with --host; default: as it was)")
 	f.BoolVar(&vm.NewIdentity, "new-identity", false, "new UUID and MAC addresses, to run beside the original (implied by --name)")
 	f.BoolVar(&vm.Isolated, "isolated", false, "leave the new VM's network interfaces unconnected (with --host)")
 	must(cmd.RegisterFlagCompletionFunc("format", choices("raw", "qcow2")))

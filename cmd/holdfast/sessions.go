@@ -215,7 +215,7 @@ func (a *app) publish() *cobra.Command {
 	var q node.PublishRequest
 	var detach bool
 	cmd := &cobra.Command{
-		Use:     "publish POINT --nbd (unix:PATH | ADDRESS)",
+		Use:     "publish POINT --nbd (unix:PATH | ADDRESS) [--disk DISK] [--overlay DIR] [--detach]",
 		GroupID: "restore",
 		Short:   "Serve a restore point's disks over NBD",
 		Long: `Serve the disks of a restore point over the NBD protocol, for qemu-img, qemu-nbd,
@@ -256,9 +256,9 @@ other than 127.0.0.1 is open to the network, and not encrypted.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&q.Listen, "nbd", "", "where to listen: unix:PATH, HOST:PORT, HOST or :PORT (10809 by default)")
-	f.StringVar(&q.Disk, "disk", "", "only this disk")
-	f.StringVar(&q.Overlay, "overlay", "", "make the disks writable: directory for what is written")
+	f.StringVar(&q.Listen, "nbd", "", "`WHERE` to listen: unix:PATH, HOST:PORT, HOST or :PORT (10809 by default)")
+	f.StringVar(&q.Disk, "disk", "", "only `DISK`")
+	f.StringVar(&q.Overlay, "overlay", "", "make the disks writable: directory `DIR` for what is written")
 	f.BoolVar(&detach, "detach", false, "return when the disks are served, and go on in the background")
 	must(cmd.MarkFlagDirname("overlay"))
 	return cmd
