@@ -178,7 +178,8 @@ func vacant(d dir) error {
 
 // Open opens the overlay in the directory over its base, whose identity and
 // size must be those that it was created with. It holds the only lock on it
-// until Close. base is closed with the overlay; on an error it stays open.
+// until Close. It writes the log anew, so there must be space for that, 12
+// bytes for each 64 KiB held. base is closed with the overlay; on an error it stays open.
 func Open(path string, id Identity, base disk.Reader) (*Overlay, error) {
 	// Where there is no overlay not even a lock is left.
 	if _, err := os.Stat(filepath.Join(path, logName)); err != nil {
