@@ -48,6 +48,9 @@ type Fixture struct {
 	Data []hypervisor.DiskID
 	// Tracked are those of Data whose changes can be listed.
 	Tracked []hypervisor.DiskID
+	// Owner is whose snapshots are; one is made up when it is zero. Its Session
+	// is not used.
+	Owner hypervisor.Owner
 	// Level is what is asked of snapshots. "" means crash.
 	Level hypervisor.Consistency
 	// Write writes to a data disk as the guest does, and returns when a
@@ -92,6 +95,9 @@ func Source(t *testing.T, f Fixture) {
 		Fixture: f, rnd: rand.New(rand.NewPCG(seed, 1)), model: map[hypervisor.DiskID][]byte{},
 		owner: hypervisor.Owner{Repository: hexID("repository", seed), History: hexID("history", seed)},
 	}
+	if f.Owner != (hypervisor.Owner{}) {
+		s.owner = f.Owner
+	}
 	for _, d := range s.describe(t).Disks {
 		if slices.Contains(f.Data, d.ID) {
 			s.model[d.ID] = make([]byte, d.Size)
@@ -123,8 +129,8 @@ func Source(t *testing.T, f Fixture) {
 			}
 			before := s.Things(t)
 			c.run(t, s)
-			if after := s.Things(t); !t.Failed() && !slices.Equal(before, after) {
-				t.Errorf("host is not as it was:\nbefore %q\nafter  %q", before, after)
+			if !t.Failed() {
+				s.same(t, before, "host is not as it was")
 			}
 		})
 	}
@@ -141,6 +147,22 @@ func (s *suite) request(since hypervisor.ReferencePoint) hypervisor.Request {
 	o := s.owner
 	o.Session = hexID("session "+s.owner.Repository, s.sessions)[:16]
 	return hypervisor.Request{VM: s.VM, Since: since, Owner: o}
+}
+
+// same checks that the host's things are what they were.
+func (s *suite) same(t *testing.T, before []string, what string) {
+	t.Helper()
+	after := s.Things(t)
+	for _, x := range before {
+		if !slices.Contains(after, x) {
+			t.Errorf("%s: gone: %s", what, x)
+		}
+	}
+	for _, x := range after {
+		if !slices.Contains(before, x) {
+			t.Errorf("%s: new: %s", what, x)
+		}
+	}
 }
 
 func (s *suite) describe(t *testing.T) hypervisor.VM {
@@ -450,9 +472,7 @@ func uncommitted(t *testing.T, s *suite) {
 	s.changes(t, snap, wrote)
 	s.close(t, snap)
 	s.close(t, snap) // again: no error
-	if after := s.Things(t); !slices.Equal(before, after) {
-		t.Errorf("an uncommitted snapshot left something:\nbefore %q\nafter  %q", before, after)
-	}
+	s.same(t, before, "an uncommitted snapshot left something")
 	for d, ex := range s.scribble(t) {
 		wrote[d] = append(wrote[d], ex...)
 	}
@@ -532,17 +552,13 @@ func abandoned(t *testing.T, s *suite) {
 	if err != nil || len(did) > 0 {
 		t.Errorf("cleaning while the session lives: %q, %v", did, err)
 	}
-	if now := s.Things(t); !slices.Equal(left, now) {
-		t.Errorf("a living session's things were touched:\nbefore %q\nafter  %q", left, now)
-	}
+	s.same(t, left, "a living session's things were touched")
 	did, err = s.Source.Clean(t.Context(), s.VM, s.owner.Repository, func(session string) bool { return session == req.Owner.Session }, nil)
 	if err != nil {
 		t.Errorf("clean: %v", err)
 	}
 	t.Logf("cleaned: %q", did)
-	if now := s.Things(t); !slices.Equal(before, now) {
-		t.Errorf("not clean:\nbefore %q\nafter  %q", before, now)
-	}
+	s.same(t, before, "not clean")
 	// The reference point of the run before is as good as it was.
 	snap := s.take(t, ref)
 	s.changes(t, snap, wrote)
@@ -559,9 +575,7 @@ func foreign(t *testing.T, s *suite) {
 	if err != nil || len(did) > 0 {
 		t.Errorf("cleaned: %q, %v", did, err)
 	}
-	if after := s.Things(t); !slices.Equal(before, after) {
-		t.Errorf("foreign things were touched:\nbefore %q\nafter  %q", before, after)
-	}
+	s.same(t, before, "foreign things were touched")
 	s.forget(t, ref)
 }
 

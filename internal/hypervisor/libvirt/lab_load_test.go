@@ -35,7 +35,7 @@ func TestLabLoad(t *testing.T) {
 	dir := t.TempDir()
 	copies := map[hypervisor.DiskID]disk.Device{}
 	take := func(session string, since hypervisor.ReferencePoint) hypervisor.Snapshot {
-		r := hypervisor.Request{VM: hypervisor.VMID(g.UUID), Since: since, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: session}}
+		r := labRequest(g, session, since)
 		out := h.Snapshot(ctx, []hypervisor.Request{r}, hypervisor.SnapshotOptions{})[0]
 		if out.Err != nil {
 			t.Fatal(out.Err)
@@ -177,14 +177,14 @@ func compare(t *testing.T, a, b disk.Reader) int64 {
 // TestLabLost breaks the connection to the daemon during a backup: the commit
 // says so, and Close cleans up over a new connection.
 func TestLabLost(t *testing.T) {
-	g, f := labFixture(t, lab.Options{Blank: true, Stopped: true})
+	g, _ := labFixture(t, lab.Options{Blank: true, Stopped: true})
 	for _, running := range []bool{false, true} {
 		if running {
 			virsh(t, "start", g.Name)
 		}
 		h := open(t, Options{})
 		before := things(t, g)
-		r := hypervisor.Request{VM: f.VM, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: "01"}}
+		r := labRequest(g, "01", "")
 		o := h.Snapshot(t.Context(), []hypervisor.Request{r}, hypervisor.SnapshotOptions{Consistency: hypervisor.Crash})[0]
 		if o.Err != nil {
 			t.Fatal(o.Err)
@@ -232,7 +232,7 @@ func TestLabNVRAM(t *testing.T) {
 	virsh(t, "define", p)
 	t.Cleanup(func() { virsh(t, "undefine", g.Name, "--keep-nvram") })
 	before := things(t, g)
-	r := hypervisor.Request{VM: f.VM, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: "01"}}
+	r := labRequest(g, "01", "")
 	o := f.Source.Snapshot(t.Context(), []hypervisor.Request{r}, hypervisor.SnapshotOptions{})[0]
 	if o.Err != nil {
 		t.Fatal(o.Err)

@@ -41,7 +41,7 @@ func TestLabRemote(t *testing.T) {
 			before := things(t, g)
 			var refs []hypervisor.ReferencePoint
 			for _, session := range []string{"01", "02"} {
-				r := hypervisor.Request{VM: hypervisor.VMID(g.UUID), Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: session}}
+				r := labRequest(g, session, "")
 				if len(refs) > 0 {
 					r.Since = refs[0]
 				}

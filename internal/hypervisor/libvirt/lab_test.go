@@ -39,7 +39,7 @@ func labFixture(t *testing.T, o lab.Options) (*lab.Guest, hypertest.Fixture) {
 	g := lab.Start(t, o)
 	h := open(t, Options{})
 	f := hypertest.Fixture{
-		Source: h, VM: hypervisor.VMID(g.UUID), Shared: true,
+		Source: h, VM: hypervisor.VMID(g.UUID), Owner: labOwner(g), Shared: true,
 		Data: []hypervisor.DiskID{"vdb", "vdc"}, Tracked: []hypervisor.DiskID{"vdb"},
 		Things: func(t *testing.T) []string { return things(t, g) },
 		Abandon: func(*testing.T) hypervisor.Source {
@@ -51,6 +51,19 @@ func labFixture(t *testing.T, o lab.Options) (*lab.Guest, hypertest.Fixture) {
 		},
 	}
 	return g, f
+}
+
+// labOwner gives ids that no other guest's have.
+func labOwner(g *lab.Guest) hypervisor.Owner {
+	id := strings.ReplaceAll(g.UUID, "-", "")
+	return hypervisor.Owner{Repository: id, History: id}
+}
+
+// labRequest asks for a snapshot of a guest in a session.
+func labRequest(g *lab.Guest, session string, since hypervisor.ReferencePoint) hypervisor.Request {
+	o := labOwner(g)
+	o.Session = session
+	return hypervisor.Request{VM: hypervisor.VMID(g.UUID), Since: since, Owner: o}
 }
 
 func virsh(t *testing.T, args ...string) string {
@@ -87,7 +100,8 @@ func things(t *testing.T, g *lab.Guest) []string {
 			t.Fatal(err)
 		}
 		for _, f := range files {
-			if dir == g.Dir || strings.HasPrefix(f.Name(), "holdfast-") {
+			// Other backups may be under way on this machine.
+			if dir == g.Dir || strings.HasPrefix(f.Name(), "holdfast-"+labOwner(g).Repository[:8]) {
 				out = append(out, "file "+filepath.Join(dir, f.Name()))
 			}
 		}
@@ -165,6 +179,12 @@ func TestLabStopped(t *testing.T) {
 	g, f := labFixture(t, lab.Options{Blank: true, Stopped: true})
 	f.Level = hypervisor.Application // a stopped guest satisfies every level
 	f.Shared = false                 // QEMU's lock keeps qemu-io out during a snapshot
+	abandon := f.Abandon
+	f.Abandon = func(t *testing.T) hypervisor.Source {
+		s := abandon(t)
+		poll(t, "libvirt ends the paused QEMU of the lost connection", func() bool { return strings.Contains(virsh(t, "domstate", g.Name), "shut off") })
+		return s
+	}
 	f.Write = func(t *testing.T, d hypervisor.DiskID, p []byte, off int64) {
 		t.Helper()
 		src := filepath.Join(t.TempDir(), "p")
@@ -198,7 +218,7 @@ func TestLabConsistency(t *testing.T) {
 		return func() error { released++; return nil }, nil
 	}})
 	take := func(c hypervisor.Consistency) (hypervisor.Snapshot, error) {
-		r := hypervisor.Request{VM: hypervisor.VMID(g.UUID), Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: "01"}}
+		r := labRequest(g, "01", "")
 		out := h.Snapshot(ctx, []hypervisor.Request{r}, hypervisor.SnapshotOptions{Consistency: c, FreezeLimit: 5 * time.Second})[0]
 		if out.Err == nil {
 			if err := out.Snapshot.Close(); err != nil {
@@ -345,7 +365,7 @@ func TestLabForeign(t *testing.T) {
 	virsh(t, "checkpoint-create", g.Name, write("c.xml", `<domaincheckpoint><name>nightly</name><disks><disk name='vda' checkpoint='no'/><disk name='vdb' checkpoint='bitmap'/><disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>`))
 	before := things(t, g)
 	take := func(session string) hypervisor.Outcome {
-		r := hypervisor.Request{VM: f.VM, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: session}}
+		r := labRequest(g, session, "")
 		return h.Snapshot(t.Context(), []hypervisor.Request{r}, hypervisor.SnapshotOptions{Consistency: hypervisor.Crash})[0]
 	}
 	o := take("01")
@@ -358,7 +378,7 @@ func TestLabForeign(t *testing.T) {
 	if err := o.Snapshot.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := h.Clean(t.Context(), f.VM, "aaaaaaaa", func(string) bool { return true }, nil); err != nil {
+	if _, err := h.Clean(t.Context(), f.VM, labOwner(g).Repository, func(string) bool { return true }, nil); err != nil {
 		t.Error(err)
 	}
 	if after := things(t, g); !slices.Equal(before, after) {
@@ -372,7 +392,7 @@ func TestLabForeign(t *testing.T) {
 	} else {
 		t.Logf("foreign backup: %v", o.Err)
 	}
-	if did, err := h.Clean(t.Context(), f.VM, "aaaaaaaa", func(string) bool { return true }, nil); err != nil || len(did) > 0 {
+	if did, err := h.Clean(t.Context(), f.VM, labOwner(g).Repository, func(string) bool { return true }, nil); err != nil || len(did) > 0 {
 		t.Errorf("cleaned %q, %v", did, err)
 	}
 	if after := things(t, g); !slices.Equal(before, after) {
@@ -394,7 +414,7 @@ func TestLabForeign(t *testing.T) {
 		t.Logf("libvirt makes no snapshot beside a checkpoint: %v", err)
 	} else {
 		t.Log(out)
-		r := hypervisor.Request{VM: f.VM, Since: ref, Owner: hypervisor.Owner{Repository: "aaaaaaaa", History: "bbbbbbbb", Session: "04"}}
+		r := labRequest(g, "04", ref)
 		o := h.Snapshot(t.Context(), []hypervisor.Request{r}, hypervisor.SnapshotOptions{Consistency: hypervisor.Crash})[0]
 		if o.Err != nil {
 			t.Fatal(o.Err)
