@@ -46,7 +46,7 @@ func Migrate(ctx context.Context, d Deps, id, storage string, progress hyperviso
 	}
 	if err := c.target.Migrate(ctx, vm, c.r.Storage, progress); err != nil {
 		if ctx.Err() != nil {
-			return c.r, fmt.Errorf("interrupted: continue with \"migrate %s\": %w", c.r.ID, err)
+			return c.r, fmt.Errorf("interrupted: continue with \"holdfast migrate %s\": %w", c.r.ID, err)
 		}
 		return c.r, err
 	}

@@ -202,7 +202,7 @@ func Recover(ctx context.Context, d Deps, q Request) (Record, error) {
 		uctx, cancel := detached(ctx)
 		defer cancel()
 		if uerr := c.undo(uctx); uerr != nil {
-			err = errors.Join(err, fmt.Errorf("not all that was made could be removed: try again with \"undo %s\": %w", c.r.ID, uerr))
+			err = errors.Join(err, fmt.Errorf("not all that was made could be removed: try again with \"holdfast undo %s\": %w", c.r.ID, uerr))
 		}
 		return c.r, err
 	}
@@ -345,7 +345,7 @@ func (c *command) waitAgent(ctx context.Context) error {
 			c.r.Times.Answering = now()
 			return c.s.Save(&c.r)
 		case he.IOError:
-			return fmt.Errorf("the guest is paused: its restore point does not answer: run resume")
+			return fmt.Errorf("the guest is paused: its restore point does not answer: run \"holdfast resume\"")
 		case he.State == hypervisor.Stopped && err == nil:
 			return errors.New("the guest has stopped")
 		}

@@ -115,7 +115,7 @@ func resume(ctx context.Context, d Deps, s *state.Session, r Record) (string, er
 		if busy {
 			return "is being removed", nil
 		}
-		return "", fmt.Errorf("its removal was interrupted: finish it with \"undo %s\"", r.ID)
+		return "", fmt.Errorf("its removal was interrupted: finish it with \"holdfast undo %s\"", r.ID)
 	case Local:
 		if busy {
 			return "is being finished", nil
@@ -125,7 +125,7 @@ func resume(ctx context.Context, d Deps, s *state.Session, r Record) (string, er
 		if busy {
 			return "is being made by " + holder.Name, nil
 		}
-		return "", fmt.Errorf("its recovery was interrupted: remove what was made with \"undo %s\", then recover again", r.ID)
+		return "", fmt.Errorf("its recovery was interrupted: remove what was made with \"holdfast undo %s\", then recover again", r.ID)
 	}
 	did := ""
 	if _, alive := s.Serving(); !alive {
@@ -155,7 +155,7 @@ func unpause(ctx context.Context, d Deps, r Record) (string, error) {
 	defer t.Close()
 	id, err := t.Find(ctx, r.ID)
 	if errors.Is(err, hypervisor.ErrNotExist) {
-		return "", fmt.Errorf("VM %s is gone from %s: remove the rest with \"undo %s\"", r.Name, r.Host, r.ID)
+		return "", fmt.Errorf("VM %s is gone from %s: remove the rest with \"holdfast undo %s\"", r.Name, r.Host, r.ID)
 	} else if err != nil {
 		return "", err
 	}

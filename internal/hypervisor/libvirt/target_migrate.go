@@ -73,7 +73,7 @@ func (h *Host) Migrate(ctx context.Context, id hypervisor.VMID, storage string, 
 			return errors.Join(err, serr)
 		}
 		if ioError {
-			return fmt.Errorf("%w: the restore point does not answer: run resume, then migrate again", err)
+			return fmt.Errorf("%w: the restore point does not answer: run \"holdfast resume\", then migrate again", err)
 		}
 		if state == hypervisor.Stopped {
 			continue
