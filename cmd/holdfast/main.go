@@ -33,7 +33,7 @@ const (
 )
 
 // errInterrupted is the cause of a context that a signal has ended.
-var errInterrupted = errors.New("interrupted")
+var errInterrupted = errors.New("stopped by a signal")
 
 func main() {
 	ctx, stop := interruptible()
@@ -56,7 +56,7 @@ func interruptible() (context.Context, func()) {
 			if ended.Swap(true) {
 				os.Exit(interruptedTwice)
 			}
-			cancel(fmt.Errorf("%w by %s", errInterrupted, s))
+			cancel(fmt.Errorf("%w: %s", errInterrupted, s))
 		}
 	}()
 	return ctx, func() { cancel(nil) }
