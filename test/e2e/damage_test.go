@@ -206,7 +206,7 @@ func TestWrongUse(t *testing.T) {
 		{"recover " + point + " --host " + host + " --storage " + w.store + " --writes nowhere", 2, "writes"},
 		{"recover " + point + " --host " + host + " --storage /nonexistent", 1, "/nonexistent"},
 		{"publish " + point, 2, "--nbd"},
-		{"publish " + point + " --nbd bogus", 2, "nbd"},
+		{"publish " + point + " --nbd unix:", 2, "nbd"},
 		{"migrate nosuch", 1, "nosuch"},
 		{"undo nosuch", 1, "nosuch"},
 		{"init", 1, "already"},

@@ -47,7 +47,7 @@ func soak(t *testing.T, r *rand.Rand) int {
 	kills := 1 + r.IntN(5)
 	writes := []string{"host", "server"}[r.IntN(2)]
 	if r.IntN(2) == 0 {
-		g := w.twoDisks(lab.Options{})
+		g := lab.Start(t, twoDisks())
 		w.ok(g.StartWriter(w.ctx, places...))
 		w.killBackups(g, r, kills)
 		return kills

@@ -13,24 +13,17 @@ import (
 )
 
 // The guest's writer writes to both disks: vda holds the first, vdb the second.
-var places = []string{"/var/lib/guestwriter", "/mnt/b/w"}
+var places = []string{"/var/lib/guestwriter", "/data/w"}
 
-// twoDisks starts a guest with a data disk that is mounted on every boot.
-func (w *world) twoDisks(o lab.Options) *lab.Guest {
-	w.t.Helper()
-	if len(o.Disks) == 0 {
-		o.Disks = []lab.Disk{{Size: 256 << 20}}
-	}
-	g := lab.Start(w.t, o)
-	_, err := g.Exec(w.ctx, "mkfs.ext4 -q /dev/vdb && mkdir /mnt/b && echo '/dev/vdb /mnt/b ext4 defaults 0 2' >>/etc/fstab && mount /mnt/b && sync")
-	w.ok(err)
-	return g
+// twoDisks are the options of a guest with a second disk for data.
+func twoDisks() lab.Options {
+	return lab.Options{Disks: []lab.Disk{{Size: 256 << 20, Data: true}}}
 }
 
 // TestStory is the main job from the beginning to the end.
 func TestStory(t *testing.T) {
 	w := newWorld(t)
-	g := w.twoDisks(lab.Options{})
+	g := lab.Start(t, twoDisks())
 	w.ok(g.StartWriter(w.ctx, places...))
 	_, err := g.WaitWriter(w.ctx, 300)
 	w.ok(err)

@@ -6,6 +6,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -237,10 +239,20 @@ func (w *world) kill() []int {
 		}
 	}
 	w.ok(lab.Poll(w.ctx, 10*time.Second, "the killed are gone", func() (bool, error) {
-		left, err := w.Processes()
-		return len(left) == 0, err
+		return !slices.ContainsFunc(pids, alive), nil
 	}))
 	return pids
+}
+
+// alive reports whether a process may still hold files and locks: a zombie does
+// not (proc(5), /proc/pid/stat).
+func alive(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	state := strings.TrimSpace(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	return !strings.HasPrefix(state, "Z") && !strings.HasPrefix(state, "X")
 }
 
 // clean checks that a backup left nothing on the guest's host: no job, no

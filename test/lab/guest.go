@@ -18,7 +18,7 @@ import (
 type Options struct {
 	Name   string // "" makes one up
 	Format string // of the system disk: "qcow2" (the default) or "raw"
-	Disks  []Disk // empty data disks: vdb, vdc, ...
+	Disks  []Disk // data disks: vdb, vdc, ...
 	// Blank gives an empty system disk of 1 GiB: nothing boots, and the agent's
 	// channel has nobody behind it.
 	Blank bool
@@ -30,10 +30,13 @@ type Options struct {
 	Stopped bool
 }
 
-// Disk is an empty data disk.
+// Disk is a data disk.
 type Disk struct {
 	Format string // "qcow2" (the default) or "raw"
 	Size   int64  // bytes; 0 means 64 MiB
+	// Data makes an ext4 filesystem on it that the guest mounts at /data on
+	// first use. One disk of a guest may have it.
+	Data bool
 }
 
 // Guest is a libvirt domain on this machine. Its methods may run in parallel.
@@ -92,7 +95,7 @@ func (g *Guest) make(ctx context.Context, o Options) error {
 			d.Size = 64 << 20
 		}
 		path := filepath.Join(g.Dir, fmt.Sprintf("vd%c.%s", 'b'+i, d.Format))
-		if err := run(ctx, "qemu-img", "create", "-q", "-f", d.Format, path, strconv.FormatInt(d.Size, 10)); err != nil {
+		if err := d.create(ctx, path); err != nil {
 			return err
 		}
 		g.Disks, formats = append(g.Disks, path), append(formats, d.Format)
@@ -116,6 +119,22 @@ func (g *Guest) make(ctx context.Context, o Options) error {
 	id, err := Virsh(ctx, "domuuid", g.Name)
 	g.UUID = strings.TrimSpace(id)
 	return err
+}
+
+func (d Disk) create(ctx context.Context, path string) error {
+	size := strconv.FormatInt(d.Size, 10)
+	if !d.Data {
+		return run(ctx, "qemu-img", "create", "-q", "-f", d.Format, path, size)
+	}
+	raw := path + ".tmp"
+	defer os.Remove(raw)
+	if err := run(ctx, "qemu-img", "create", "-q", "-f", "raw", raw, size); err != nil {
+		return err
+	}
+	if err := run(ctx, "mke2fs", "-q", "-t", "ext4", "-F", "-L", "labdata", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", raw); err != nil {
+		return err
+	}
+	return run(ctx, "qemu-img", "convert", "-f", "raw", "-O", d.Format, raw, path)
 }
 
 var domainXML = template.Must(template.New("domain").Parse(`<domain type='qemu'>

@@ -7,7 +7,11 @@ root=$1
 
 echo lab >"$root/etc/hostname"
 echo "127.0.0.1 localhost lab" >"$root/etc/hosts"
-echo "LABEL=labroot / ext4 defaults,errors=remount-ro 0 1" >"$root/etc/fstab"
+cat >"$root/etc/fstab" <<EOF
+LABEL=labroot / ext4 defaults,errors=remount-ro 0 1
+LABEL=labdata /data ext4 noauto,x-systemd.automount 0 2
+EOF
+mkdir "$root/data"
 # A fixed machine id: an empty one makes the first boot a slow one.
 echo 6c61622d67756573742d686f6c646661 >"$root/etc/machine-id"
 chroot "$root" passwd -q -d root

@@ -24,8 +24,9 @@
 // # The guest
 //
 // It has 2 processors, 512 MiB, a system disk vda of 4 GiB (GPT, a BIOS boot
-// partition and ext4 labelled "labroot"), empty data disks from vdb on when
-// asked for, a network of QEMU's own (10.0.2.0/24), and the guest agent.
+// partition and ext4 labelled "labroot"), data disks from vdb on when asked for
+// (a filesystem labelled "labdata" is mounted at /data on first use), a network
+// of QEMU's own (10.0.2.0/24), and the guest agent.
 // It boots in about 15 s on two cores.
 //
 // # The writer
