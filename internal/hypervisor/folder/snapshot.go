@@ -84,8 +84,11 @@ func (s *Source) try(ctx context.Context, v vm, owner hypervisor.Owner, o hyperv
 		return nil, false, err
 	}
 	// One that changed by itself leaves the clones of one instant: that at
-	// which it was cloned. Without clones none may.
-	if !last && (bad != nil && len(users)+len(unstable) > 0 || len(unstable) > 1 || len(unstable) > 0 && !cloned) {
+	// which it was cloned. Without clones none may. And one that nobody has
+	// open may be at rest in a moment, as a stopped guest's must be for all
+	// but the crash level.
+	rest := !cloned || len(users) == 0 && o.Consistency != hypervisor.Crash && !o.Live
+	if !last && (bad != nil && len(users)+len(unstable) > 0 || len(unstable) > 1 || len(unstable) > 0 && rest) {
 		return nil, true, nil
 	}
 	use := strings.Join(slices.Sorted(maps.Values(users)), ", ")
