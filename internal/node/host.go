@@ -56,14 +56,19 @@ func (n *Node) source(ctx context.Context, host string) (hypervisor.Source, erro
 	return folder.Open(abs)
 }
 
+// runsVMs refuses a host that is a directory.
+func runsVMs(host string) error {
+	virt, err := isLibvirt(host)
+	if err == nil && !virt {
+		err = usage("host %q: a directory cannot run a VM: give a libvirt URI (qemu:///system), or restore its disks with \"holdfast restore POINT --to DIR\"", host)
+	}
+	return err
+}
+
 // target opens a host to recover or restore to.
 func (n *Node) target(ctx context.Context, host string) (*libvirt.Host, error) {
-	virt, err := isLibvirt(host)
-	if err != nil {
+	if err := runsVMs(host); err != nil {
 		return nil, err
-	}
-	if !virt {
-		return nil, usage("host %q: a directory cannot run a VM: give a libvirt URI (qemu:///system), or restore its disks with \"holdfast restore POINT --to DIR\"", host)
 	}
 	return libvirt.Open(ctx, host, libvirt.Options{Guard: n.guard})
 }

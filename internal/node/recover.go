@@ -131,6 +131,9 @@ type RecoverRequest struct {
 // Recover runs a restore point's VM on a host. It returns when the guest is
 // started, or with Wait when its agent answers.
 func (n *Node) Recover(ctx context.Context, p repo.Point, q RecoverRequest) (recovery.Record, error) {
+	if err := runsVMs(q.Host); err != nil {
+		return recovery.Record{}, err
+	}
 	if err := onHost(q.Storage); err != nil {
 		return recovery.Record{}, err
 	}
@@ -302,6 +305,8 @@ type PublishRequest struct {
 	Disk    string // "": all
 	Listen  string // "unix:PATH", or a TCP address
 	Overlay string // directory for writes; "": read-only
+	// TLSCert and TLSKey are files in PEM form; with them clients must use TLS.
+	TLSCert, TLSKey string
 }
 
 // listenAddress turns an address as the operator gives it into one of
@@ -329,6 +334,22 @@ func listenAddress(s string) (string, error) {
 	return "tcp:" + s, nil
 }
 
+// secured is the TLS of a publication, nil for none. The files are read now so
+// that a mistake is told now.
+func secured(q PublishRequest) (*publish.TLS, error) {
+	if q.TLSCert == "" && q.TLSKey == "" {
+		return nil, nil
+	}
+	cert, certErr := filepath.Abs(q.TLSCert)
+	key, keyErr := filepath.Abs(q.TLSKey)
+	if err := errors.Join(certErr, keyErr); err != nil {
+		return nil, err
+	}
+	t := &publish.TLS{Cert: cert, Key: key}
+	_, err := tlsConfig(t)
+	return t, err
+}
+
 func (n *Node) newPublication(ctx context.Context, p repo.Point, q PublishRequest) (recovery.Deps, recovery.Record, error) {
 	var d recovery.Deps
 	listen, err := listenAddress(q.Listen)
@@ -343,6 +364,10 @@ func (n *Node) newPublication(ctx context.Context, p repo.Point, q PublishReques
 	if _, err := chooseDisks(p, q.Disk); err != nil {
 		return d, recovery.Record{}, err
 	}
+	secure, err := secured(q)
+	if err != nil {
+		return d, recovery.Record{}, err
+	}
 	r, err := n.Repo(ctx)
 	if err != nil {
 		return d, recovery.Record{}, err
@@ -355,7 +380,7 @@ func (n *Node) newPublication(ctx context.Context, p repo.Point, q PublishReques
 		return d, recovery.Record{}, err
 	}
 	rec, err := recovery.NewPublication(d, recovery.PublicationRequest{
-		Location: location, Repository: r.ID(), Point: p, Disk: q.Disk, Listen: []string{listen}, Overlay: q.Overlay,
+		Location: location, Repository: r.ID(), Point: p, Disk: q.Disk, Listen: []string{listen}, Overlay: q.Overlay, TLS: secure,
 	})
 	return d, rec, err
 }

@@ -40,6 +40,9 @@ type Placed struct {
 // session that is being made, so that undo finds what it has made when it is
 // killed.
 func (n *Node) RestoreVM(ctx context.Context, p repo.Point, q VMRequest) (_ Placed, err error) {
+	if err := runsVMs(q.Host); err != nil {
+		return Placed{}, err
+	}
 	if err := onHost(q.Storage); err != nil {
 		return Placed{}, err
 	}
