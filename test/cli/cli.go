@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -54,6 +55,8 @@ type Process struct {
 
 // syncBuffer may be read while the process writes.
 type syncBuffer struct {
+	also io.Writer // gets everything too, unless nil
+
 	mu sync.Mutex // guards b
 	b  bytes.Buffer
 }
@@ -61,6 +64,11 @@ type syncBuffer struct {
 func (s *syncBuffer) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.also != nil {
+		if n, err := s.also.Write(p); err != nil {
+			return n, err
+		}
+	}
 	return s.b.Write(p)
 }
 
@@ -71,9 +79,12 @@ func (s *syncBuffer) String() string {
 }
 
 // Start starts the program and returns at once. The caller must Wait.
-func (t *Tool) Start(args ...string) (*Process, error) {
+func (t *Tool) Start(args ...string) (*Process, error) { return t.start(nil, args) }
+
+func (t *Tool) start(also io.Writer, args []string) (*Process, error) {
 	p := &Process{Cmd: exec.Command(t.Bin, args...), args: args, began: time.Now(), done: make(chan struct{})}
 	p.Env = t.Env()
+	p.out.also, p.err.also = also, also
 	p.Cmd.Stdout, p.Cmd.Stderr = &p.out, &p.err
 	// A detached process holds the pipes open: the run is over when its first
 	// process is.
@@ -120,8 +131,12 @@ func (p *Process) Kill() Result {
 
 // Run runs the program to its end. When ctx ends first it is interrupted, and
 // killed a little later.
-func (t *Tool) Run(ctx context.Context, args ...string) Result {
-	p, err := t.Start(args...)
+func (t *Tool) Run(ctx context.Context, args ...string) Result { return t.Show(ctx, nil, args...) }
+
+// Show is Run, and gives w all that the program says when it says it. Writes to
+// w may come in parallel.
+func (t *Tool) Show(ctx context.Context, w io.Writer, args ...string) Result {
+	p, err := t.start(w, args)
 	if err != nil {
 		return Result{Args: args, Code: -1, Stderr: err.Error()}
 	}

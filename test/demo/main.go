@@ -7,7 +7,7 @@
 package main
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -17,6 +17,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -122,16 +123,31 @@ would type them; Ctrl-C stops the story and cleans up.
 // holdfast runs a command as an operator would, showing it and what it says.
 func (d *demo) holdfast(ctx context.Context, args ...string) (time.Duration, error) {
 	d.say("$ holdfast %s", strings.Join(args, " "))
-	r := d.tool.Run(ctx, args...)
-	for _, out := range []string{r.Stderr, r.Stdout} {
-		for sc := bufio.NewScanner(strings.NewReader(out)); sc.Scan(); {
-			fmt.Printf("             %s\n", sc.Text())
-		}
-	}
+	r := d.tool.Show(ctx, &indent{}, args...)
 	if ctx.Err() != nil {
 		return r.Took, ctx.Err()
 	}
 	return r.Took, r.Err()
+}
+
+// indent prints what it gets, each line a little to the right.
+type indent struct {
+	mu   sync.Mutex // guards line and the printing
+	line []byte     // not complete yet
+}
+
+func (w *indent) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.line = append(w.line, p...)
+	for {
+		line, rest, ok := bytes.Cut(w.line, []byte("\n"))
+		if !ok {
+			return len(p), nil
+		}
+		fmt.Printf("             %s\n", line)
+		w.line = rest
+	}
 }
 
 func (d *demo) story(ctx context.Context) error {
