@@ -199,6 +199,7 @@ var masks = []struct {
 	re *regexp.Regexp
 	to string
 }{
+	{regexp.MustCompile(`("seconds": )[0-9.e-]+`), "${1}0"},
 	{regexp.MustCompile(`\b[0-9a-f]{2}/[0-9a-f]{64}\b`), "DIGEST"},
 	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "ID"},
 	{regexp.MustCompile(`(": )\d{8}\b`), "${1}MANY"},
@@ -206,7 +207,6 @@ var masks = []struct {
 	{regexp.MustCompile(`\b[0-9a-f]{8}\b`), "SHORTID"},
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d`), "TIME"},
-	{regexp.MustCompile(`("seconds": )[0-9.e-]+`), "${1}0"},
 	{regexp.MustCompile(`\b\d+(\.\d)? s\b`), "N s"},
 	{regexp.MustCompile(`go1\.\d+\S*, [a-z]+/\w+`), "GO, SYSTEM"},
 	// Columns move with what is masked.

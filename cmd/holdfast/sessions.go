@@ -9,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"holdfast/internal/node"
-	"holdfast/internal/publish"
 	"holdfast/internal/recovery"
 )
 
@@ -50,7 +49,7 @@ func viewSession(i recovery.Info) sessionView {
 	}
 	if i.State != recovery.Done && i.State != recovery.Local && len(i.Publication.Listen) > 0 {
 		for _, d := range i.Publication.Disks {
-			v.URIs = append(v.URIs, publish.URI(i.Publication.Listen[0], d.Name))
+			v.URIs = append(v.URIs, i.Publication.URI(i.Publication.Listen[0], d.Name))
 		}
 	}
 	if i.Kind != recovery.Recovery {
@@ -215,7 +214,7 @@ func (a *app) publish() *cobra.Command {
 	var q node.PublishRequest
 	var detach bool
 	cmd := &cobra.Command{
-		Use:     "publish POINT --nbd (unix:PATH | ADDRESS) [--disk DISK] [--overlay DIR] [--detach]",
+		Use:     "publish POINT --nbd (unix:PATH | ADDRESS) [--disk DISK] [--overlay DIR] [--tls-cert FILE --tls-key FILE] [--detach]",
 		GroupID: "restore",
 		Short:   "Serve a restore point's disks over NBD",
 		Long: `Serve the disks of a restore point over the NBD protocol, for qemu-img, qemu-nbd,
@@ -226,7 +225,8 @@ The disks are read-only, or with --overlay writable: what is written goes to tha
 directory, never to the restore point.
 
 Whoever can connect can read. A Unix socket is open to its owner only; an address
-other than 127.0.0.1 is open to the network, and not encrypted.`,
+other than 127.0.0.1 is open to the network, and encrypted only with --tls-cert
+and --tls-key, which admit nobody without TLS.`,
 		Example: `  holdfast publish web@latest --nbd unix:/run/web.sock
   holdfast publish 3f9c2a10 --disk vda --nbd 127.0.0.1:10809 --overlay /srv/overlay --detach
   qemu-img map nbd+unix:///vda?socket=/run/web.sock`,
@@ -235,6 +235,9 @@ other than 127.0.0.1 is open to the network, and not encrypted.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := required(cmd, "nbd"); err != nil {
 				return err
+			}
+			if (q.TLSCert == "") != (q.TLSKey == "") {
+				return usagef("--tls-cert and --tls-key go together")
 			}
 			n := a.open()
 			p, err := n.Point(cmd.Context(), args[0])
@@ -259,6 +262,8 @@ other than 127.0.0.1 is open to the network, and not encrypted.`,
 	f.StringVar(&q.Listen, "nbd", "", "`WHERE` to listen: unix:PATH, HOST:PORT, HOST or :PORT (10809 by default)")
 	f.StringVar(&q.Disk, "disk", "", "only `DISK`")
 	f.StringVar(&q.Overlay, "overlay", "", "make the disks writable: directory `DIR` for what is written")
+	f.StringVar(&q.TLSCert, "tls-cert", "", "certificate `FILE` (PEM): clients must use TLS")
+	f.StringVar(&q.TLSKey, "tls-key", "", "key `FILE` of the certificate (PEM)")
 	f.BoolVar(&detach, "detach", false, "return when the disks are served, and go on in the background")
 	must(cmd.MarkFlagDirname("overlay"))
 	return cmd

@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -140,6 +141,12 @@ func (n *Node) publishing(resumable bool, report func(error)) func(context.Conte
 		if o.Allow, err = allowed(ctx, rec.Host); err != nil {
 			return publish.Deps{}, err
 		}
+		if t := rec.Publication.TLS; t != nil {
+			if o.TLS, err = tlsConfig(t); err != nil {
+				return publish.Deps{}, err
+			}
+			o.RequireTLS = true
+		}
 		return publish.Deps{
 			Pin: func(ctx context.Context) error { return r.Pin(ctx, rec.ID, rec.Point) },
 			Open: func(ctx context.Context, d publish.Disk) (disk.Reader, error) {
@@ -155,6 +162,15 @@ func (n *Node) publishing(resumable bool, report func(error)) func(context.Conte
 			Report: report,
 		}, nil
 	}
+}
+
+// tlsConfig reads a server's certificate and key.
+func tlsConfig(t *publish.TLS) (*tls.Config, error) {
+	pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
+	if err != nil {
+		return nil, fmt.Errorf("read the certificate: %w", err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{pair}}, nil
 }
 
 // listen opens an address of publish.Spec. A socket for a guest belongs to the

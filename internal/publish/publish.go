@@ -50,6 +50,23 @@ type Spec struct {
 	Listen []string `json:"listen"`
 	// Overlay is the directory of the overlays; "" serves read-only.
 	Overlay string `json:"overlay,omitempty"`
+	// TLS lets clients in by TLS only; nil serves in clear.
+	TLS *TLS `json:"tls,omitempty"`
+}
+
+// TLS names a server's certificate and its key: files in PEM form.
+type TLS struct {
+	Cert string `json:"cert"`
+	Key  string `json:"key"`
+}
+
+// URI is where a client finds an export at an address of Listen.
+func (s Spec) URI(addr, name string) string {
+	uri := URI(addr, name)
+	if s.TLS != nil {
+		uri = "nbds" + strings.TrimPrefix(uri, "nbd")
+	}
+	return uri
 }
 
 // Disk is one export.
@@ -156,7 +173,7 @@ func listen(ctx context.Context, s Spec, d Deps) ([]net.Listener, Ready, error) 
 		r.Listen = append(r.Listen, addr)
 		for _, e := range s.Disks {
 			if i == 0 {
-				r.URIs[e.Name] = URI(addr, e.Name)
+				r.URIs[e.Name] = s.URI(addr, e.Name)
 			}
 		}
 	}

@@ -153,6 +153,7 @@ type PublicationRequest struct {
 	// Overlay is the directory for the writes; "" serves read-only. It is the
 	// operator's and is not removed.
 	Overlay string
+	TLS     *publish.TLS // nil: in clear
 }
 
 // NewPublication records a session that serves disks. The caller calls Serve
@@ -160,7 +161,7 @@ type PublicationRequest struct {
 func NewPublication(d Deps, q PublicationRequest) (Record, error) {
 	r := Record{
 		ID: state.NewID(), Kind: Publication, State: Running, Location: q.Location, Point: q.Point.ID, VM: q.Point.VM,
-		Publication: publish.Spec{Listen: q.Listen, Overlay: q.Overlay}, Times: Times{Created: time.Now().UTC()},
+		Publication: publish.Spec{Listen: q.Listen, Overlay: q.Overlay, TLS: q.TLS}, Times: Times{Created: time.Now().UTC()},
 	}
 	r.Owner.Repository, r.Owner.History, r.Owner.Session = q.Repository, string(q.Point.History), r.ID
 	for _, e := range exports(q.Point) {
