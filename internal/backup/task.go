@@ -27,10 +27,9 @@ func (t *task) run(ctx context.Context) error {
 	p := &repo.Point{
 		History: t.history, VM: vm.Name, Kind: vm.Kind, Host: vm.Host, VMID: string(vm.ID),
 		Time: time.Now().UTC().Truncate(time.Second), Consistency: string(t.snapshot.Consistency()),
-		Notes: t.snapshot.Notes(), Session: t.session,
+		Session: t.session,
 	}
 	t.result.Consistency = p.Consistency
-	t.result.Notes = append(t.result.Notes, p.Notes...)
 	if err := t.journalStep("reading"); err != nil {
 		return err
 	}
@@ -62,6 +61,8 @@ func (t *task) run(ctx context.Context) error {
 	if err := t.reference(ctx, p); err != nil {
 		return err
 	}
+	p.Notes = append(t.snapshot.Notes(), p.Notes...) // Commit may have added some
+	t.result.Notes = append(t.result.Notes, p.Notes...)
 	p.ReadBytes = t.result.ReadBytes
 	if err := t.write.Commit(ctx, p); err != nil {
 		return err
