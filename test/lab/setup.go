@@ -18,6 +18,8 @@ var hostPackages = []string{
 	"qemu-system-x86", "qemu-utils", "qemu-block-extra", "libvirt-daemon-system", "libvirt-clients", "libvirt-daemon-driver-qemu",
 	"gcc", "libc6-dev", // for the race detector
 	"nbdkit", "libnbd-bin", "fio", "mmdebstrap", "grub-pc-bin", "grub-common", "gdisk", "e2fsprogs", "util-linux",
+	"xfsprogs", "btrfs-progs", // for images on filesystems with reflinks
+	"ovmf",
 }
 
 // Setup makes the machine ready for lab guests: Debian packages, libvirt
@@ -69,6 +71,9 @@ func libvirt(ctx context.Context, logf func(string, ...any)) error {
 			return err
 		}
 	} else {
+		if err := kvm(ctx); err != nil {
+			return err
+		}
 		logf("starting libvirt: virtlogd -d, libvirtd -d")
 		for _, name := range []string{"virtlogd", "libvirtd"} {
 			// A pid file without its process is left by a machine that went down.
@@ -81,6 +86,19 @@ func libvirt(ctx context.Context, logf func(string, ...any)) error {
 		_, err := Virsh(ctx, "version")
 		return err == nil, nil
 	})
+}
+
+// kvm gives /dev/kvm the group and mode that udev would, where none runs.
+// libvirt asks QEMU for its capabilities anew at every step as long as its user
+// cannot open the device: seconds each time, though no guest here uses it.
+func kvm(ctx context.Context) error {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		return nil
+	}
+	if err := run(ctx, "chgrp", "kvm", "/dev/kvm"); err != nil {
+		return err
+	}
+	return os.Chmod("/dev/kvm", 0o660)
 }
 
 // running reports whether a process of that name exists.
