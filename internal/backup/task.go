@@ -100,7 +100,7 @@ func (t *task) reference(ctx context.Context, p *repo.Point) error {
 		p.ReferenceNote = err.Error()
 		t.warn("no reference point, the next run reads and compares: %v", err)
 	case ref == "":
-		p.ReferenceNote = "this host has none to give"
+		p.ReferenceNote = "this host cannot list changes"
 	}
 	p.Reference = string(ref)
 	return nil
@@ -183,7 +183,7 @@ func (t *task) openBase(ctx context.Context, id hypervisor.DiskID) (base *repo.D
 		if t.base.VMID != string(t.vm.ID) {
 			reason = "first backup under this identity"
 		} else if t.base.ReferenceNote != "" {
-			reason += ": " + t.base.ReferenceNote
+			reason = t.base.ReferenceNote
 		}
 		return base, reason, nil
 	}

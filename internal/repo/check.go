@@ -299,6 +299,8 @@ func (c *checker) disk(ctx context.Context, p *Point, d Disk, what string) error
 		return err
 	}
 	if lost > 0 {
+		_, chunks := chunkRange(0, d.Size)
+		lost = min(lost, chunks) // below a lost node it counts all that may have been there
 		c.problem(Problem{Object: what, Point: p.ID,
 			What: fmt.Sprintf("%s of %s: %d chunks (%d KiB) cannot be read", p.VM, p.Time.Format("2006-01-02 15:04:05"), lost, lost*ChunkSize>>10)})
 	}

@@ -102,7 +102,7 @@ func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byt
 		return dst, err
 	}
 	if len(places) == 0 {
-		return dst, fmt.Errorf("%w: chunk %x is in no pack; run check", ErrDamaged, id[:8])
+		return dst, fmt.Errorf("%w: chunk %x is in no pack", ErrDamaged, id[:8])
 	}
 	n := len(dst)
 	for _, p := range places {

@@ -140,7 +140,7 @@ func (d *DiskReader) readRun(ctx context.Context, p []byte, off, first int64, id
 		return 0, err
 	}
 	if len(run) == 0 {
-		return 0, fmt.Errorf("%w: chunk %x is in no pack; run check", ErrDamaged, ids[0][:8])
+		return 0, fmt.Errorf("%w: chunk %x is in no pack", ErrDamaged, ids[0][:8])
 	}
 	stored, err := d.fetchRun(ctx, run)
 	if err != nil && !errors.Is(err, ErrDamaged) {

@@ -279,7 +279,7 @@ func (s *snapshot) take(ctx context.Context, g *guest, o hypervisor.SnapshotOpti
 	if err = errors.Join(err, f.thaw()); err != nil {
 		return err
 	}
-	s.notes = append(s.notes, fmt.Sprintf("%d filesystems were frozen for %d ms", f.filesystems, f.took.Milliseconds()))
+	s.notes = append(s.notes, fmt.Sprintf("filesystems were frozen for %d ms (%d of them)", f.took.Milliseconds(), f.filesystems))
 	return nil
 }
 
