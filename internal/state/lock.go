@@ -59,8 +59,23 @@ func acquire(path, name string) (*Lock, error) {
 // processes hold "the" lock on two files.
 func (l *Lock) Release() error { return l.f.Close() }
 
-// holder says who holds the lock file at path; ok is false when nobody does.
+// dyingFor bounds how long a killed process is waited for.
+const dyingFor = 5 * time.Second
+
+// holder says who holds the lock file at path; ok is false when nobody does. A
+// holder that was killed and has not ended yet is waited for: it holds its
+// locks until its last thread is gone, and whoever asks just after a kill -9
+// means what comes after it.
 func holder(path string) (h Holder, ok bool) {
+	for until := time.Now().Add(dyingFor); ; time.Sleep(10 * time.Millisecond) {
+		h, ok = heldBy(path)
+		if !ok || h.PID == 0 || !dying(h.PID) || time.Now().After(until) {
+			return h, ok
+		}
+	}
+}
+
+func heldBy(path string) (h Holder, ok bool) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return Holder{}, false

@@ -227,10 +227,13 @@ func (w *world) empty() {
 }
 
 // kill ends every process of the program as a crash would.
-func (w *world) kill() []int {
+func (w *world) kill() {
 	w.t.Helper()
 	pids, err := w.Processes()
 	w.ok(err)
+	if len(pids) == 0 {
+		w.t.Fatal("there is no process to kill")
+	}
 	for _, pid := range pids {
 		p, err := os.FindProcess(pid)
 		w.ok(err)
@@ -241,12 +244,16 @@ func (w *world) kill() []int {
 	w.ok(lab.Poll(w.ctx, 10*time.Second, "the killed are gone", func() (bool, error) {
 		return !slices.ContainsFunc(pids, alive), nil
 	}))
-	return pids
 }
 
-// alive reports whether a process may still hold files and locks: a zombie does
-// not (proc(5), /proc/pid/stat).
+// alive reports whether a process may still hold files and locks: it may while
+// any of its threads lives, though the first is a zombie already (proc(5),
+// /proc/pid/task).
 func alive(pid int) bool {
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil || len(tasks) != 1 {
+		return err == nil
+	}
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return false
