@@ -183,7 +183,9 @@ func (w *world) killServing(g *lab.Guest, r *rand.Rand) {
 	w.ok(err)
 	before, err := g.WaitWriter(w.ctx, 32+r.Uint64N(200))
 	w.ok(err)
-	w.kill()
+	if w.kill() == 0 {
+		w.t.Fatal("no process serves the guest")
+	}
 	w.paused(g)
 	w.must("resume")
 	w.must("resume") // again: nothing to do, no harm

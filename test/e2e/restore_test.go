@@ -109,7 +109,9 @@ func TestPublish(t *testing.T) {
 		t.Fatalf("detached with %+v", s)
 	}
 	w.run("qemu-io", "-f", "raw", "-c", "write -P 5 2m 64k", "-c", "flush", s.URIs[0])
-	w.kill()
+	if w.kill() == 0 {
+		t.Fatal("no process serves the point")
+	}
 	w.must("resume")
 	w.run("qemu-io", "-f", "raw", "-c", "read -P 7 1m 1m", "-c", "read -P 5 2m 64k", "-c", "read -P 7 2162688 64k", s.URIs[0])
 	w.must("undo", s.Session)
