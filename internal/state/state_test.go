@@ -402,10 +402,11 @@ func TestKilledProcess(t *testing.T) {
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	cmd.Wait()
+	// Asked at once, while it may still be ending.
 	if h, ok := ss[0].Serving(); ok {
 		t.Errorf("still held by %v", h)
 	}
+	cmd.Wait()
 	l, err := ss[0].LockServe()
 	if err != nil {
 		t.Fatal(err)
