@@ -14,6 +14,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -36,6 +37,10 @@ const (
 var errInterrupted = errors.New("stopped by a signal")
 
 func main() {
+	// A backup's garbage is large buffers that are soon filled anew: collecting
+	// it earlier than by default costs little time and halves the peak. It is
+	// a soft limit; what is needed is had.
+	debug.SetMemoryLimit(256 << 20)
 	ctx, stop := interruptible()
 	defer stop()
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))

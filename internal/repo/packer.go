@@ -73,7 +73,7 @@ func (k *packer) flush(ctx context.Context) error {
 	return k.run.storePack(ctx, k.kind, items, arena)
 }
 
-var arenas = sync.Pool{New: func() any { p := make([]byte, 0, chunkPackBytes+ChunkSize+64); return &p }}
+var arenas = sync.Pool{New: func() any { p := make([]byte, 0, chunkPackBytes+256<<10); return &p }}
 
 // storePack seals and stores a pack in the background.
 func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, arena []byte) error {
@@ -110,11 +110,13 @@ func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena
 		plain[i].Data = arena[it.off : it.off+it.len]
 	}
 	number, master := r.ring.Newest()
-	p, entries := pack.Build(seal.NewHeader(seal.Pack, kind, number, r.id), master, plain)
+	buf := arenas.Get().(*[]byte)
+	p, entries := pack.Build(*buf, seal.NewHeader(seal.Pack, kind, number, r.id), master, plain)
 	k := index.Pack{Name: sha256.Sum256(p), Size: int64(len(p)), Kind: kind, Items: make([]index.Item, len(entries))}
 	for i, e := range entries {
 		k.Items[i] = index.Item{ID: e.ID, Stored: e.Stored}
 	}
+	defer arenas.Put(&p)
 	// The name is the content's digest, so a name that is taken is this pack.
 	if err := r.store.Put(ctx, packName(k.Name), p); err != nil && !errors.Is(err, blob.ErrExist) {
 		return k, err

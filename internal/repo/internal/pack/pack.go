@@ -6,6 +6,7 @@ import (
 	"crypto/cipher"
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/seal"
@@ -47,14 +48,15 @@ type Entry struct {
 	Plain  uint32 // length of the content, bytes
 }
 
-// Build seals items into a pack, in their order. At most MaxItems.
-func Build(h seal.Header, master *seal.Key, items []Item) ([]byte, []Entry) {
+// Build seals items into a pack, in their order. At most MaxItems. The pack is
+// built in buf's memory, if that is large enough.
+func Build(buf []byte, h seal.Header, master *seal.Key, items []Item) ([]byte, []Entry) {
 	a := aead(h, master)
 	size := seal.HeaderLen + trailerLen + seal.TagLen
 	for _, it := range items {
 		size += len(it.Data) + seal.TagLen + entryLen
 	}
-	p := h.Append(make([]byte, 0, size))
+	p := h.Append(slices.Grow(buf[:0], size))
 	ad := associated(p)
 	entries := make([]Entry, len(items))
 	dir := make([]byte, 0, len(items)*entryLen)

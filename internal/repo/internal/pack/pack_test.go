@@ -17,7 +17,7 @@ func build(n int) (p []byte, h seal.Header, key *seal.Key, items []Item, content
 		items = append(items, Item{ID: ID{byte(i), 1}, Plain: len(c), Data: codec.Encode(nil, c)})
 		contents = append(contents, c)
 	}
-	p, _ = Build(h, key, items)
+	p, _ = Build(nil, h, key, items)
 	return p, h, key, items, contents
 }
 
