@@ -209,6 +209,8 @@ var masks = []struct {
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d`), "TIME"},
 	{regexp.MustCompile(`\b\d+(\.\d)? s\b`), "N s"},
 	{regexp.MustCompile(`go1\.\d+\S*, [a-z]+/\w+`), "GO, SYSTEM"},
+	// A new repository's configuration holds times without trailing zeros.
+	{regexp.MustCompile(`parts of \d+ and \d+ bytes in a document of \d+`), "parts of N and N bytes in a document of N"},
 	// Columns move with what is masked.
 	{regexp.MustCompile(` {2,}(\S)`), "  $1"},
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path"
+	"slices"
 	"strings"
 
 	"holdfast/internal/disk"
@@ -16,53 +18,116 @@ const maxDepth = 256
 // Chain is an image with all its parents: a disk.Reader. All methods but
 // Close may run in parallel.
 type Chain struct {
-	layers []Layer  // the image first, then its parent, ...
-	names  []string // of their files
+	links []link // the image first, then its parent, ...
+}
+
+type link struct {
+	layer Layer
+	info  Info
+	name  string // of the file
 }
 
 // Open opens an image and, through resolve, all its parents. The format is
 // that of the image itself; a parent's is what its child says of it. The Chain
 // owns the file's Disk, and on an error it has been closed.
-func (fs Formats) Open(ctx context.Context, f File, format string, resolve Resolver) (*Chain, error) {
-	c := &Chain{}
-	fail := func(err error) (*Chain, error) { return nil, errors.Join(err, c.Close()) }
-	for {
-		for _, name := range c.names {
-			if name == f.Name {
-				return fail(errors.Join(fmt.Errorf("%w: the parents of %s lead back to %s", ErrFormat, c.names[0], name), f.Disk.Close()))
-			}
-		}
-		if len(c.layers) == maxDepth {
-			return fail(errors.Join(fmt.Errorf("%w: %s has more than %d parents", ErrFormat, c.names[0], maxDepth-1), f.Disk.Close()))
-		}
-		l, err := fs.OpenLayer(ctx, f, format, resolve)
+func (formats Formats) Open(ctx context.Context, f File, format string, resolve Resolver) (*Chain, error) {
+	l, err := formats.OpenLayer(ctx, f, format, resolve)
+	if err != nil {
+		return nil, errors.Join(err, f.Disk.Close())
+	}
+	c := &Chain{links: []link{{l, l.Info(), f.Name}}}
+	for last := c.links[0]; last.info.Parent != nil; last = c.links[len(c.links)-1] {
+		next, err := formats.openParent(ctx, c, last, resolve)
 		if err != nil {
-			return fail(errors.Join(err, f.Disk.Close()))
+			return nil, errors.Join(err, c.Close())
 		}
-		c.layers, c.names = append(c.layers, l), append(c.names, f.Name)
-		p, ok := l.Parent()
-		if !ok {
-			return c, nil
+		c.links = append(c.links, next)
+	}
+	return c, nil
+}
+
+// openParent opens the parent of the chain's last image. Of the names that
+// the image gives the first one counts whose file is the parent that it means.
+func (formats Formats) openParent(ctx context.Context, c *Chain, child link, resolve Resolver) (link, error) {
+	if len(c.links) == maxDepth {
+		return link{}, fmt.Errorf("%w: %s has more than %d parents", ErrFormat, c.links[0].name, maxDepth-1)
+	}
+	var errs []error
+	for _, name := range child.info.Parent.Names {
+		f, err := resolve(ctx, child.name, name)
+		if err != nil {
+			errs = append(errs, err)
+			continue
 		}
-		child := f.Name
-		if f, err = resolve(ctx, child, p.Name); err != nil {
-			return fail(fmt.Errorf("open the parent of %s: %w", child, err))
+		next, err := formats.tryParent(ctx, c, child, f, resolve)
+		if err == nil {
+			return next, nil
 		}
-		if format, err = fs.parentFormat(ctx, child, p, f); err != nil {
-			return fail(errors.Join(err, f.Disk.Close()))
+		errs = append(errs, err)
+	}
+	if len(errs) == 0 {
+		errs = append(errs, fmt.Errorf("%w: it does not name it", ErrParent))
+	}
+	return link{}, fmt.Errorf("open the parent of %s: %w", child.name, telling(errs))
+}
+
+// telling picks the error to show of those that an image's names led to: a
+// file that was there but is not the right one tells more than one that was
+// not.
+func telling(errs []error) error {
+	for _, err := range errs {
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, ErrOutside) {
+			return err
 		}
 	}
+	return errs[0]
+}
+
+// tryParent opens f as the parent of child. It owns f's Disk; on an error it
+// has been closed.
+func (formats Formats) tryParent(ctx context.Context, c *Chain, child link, f File, resolve Resolver) (link, error) {
+	for _, l := range c.links {
+		if l.name == f.Name {
+			return link{}, errors.Join(fmt.Errorf("%w: the parents of %s lead back to %s", ErrFormat, c.links[0].name, f.Name), f.Disk.Close())
+		}
+	}
+	format, err := formats.parentFormat(ctx, child, f)
+	var l Layer
+	if err == nil {
+		l, err = formats.OpenLayer(ctx, f, format, resolve)
+	}
+	if err != nil {
+		return link{}, errors.Join(err, f.Disk.Close())
+	}
+	next := link{l, l.Info(), f.Name}
+	if err := suits(child, next); err != nil {
+		return link{}, errors.Join(err, l.Close())
+	}
+	return next, nil
+}
+
+// suits makes sure that parent is what child was made above.
+func suits(child, parent link) error {
+	ids := child.info.Parent.IDs
+	if ids != nil && !slices.ContainsFunc(ids, func(id string) bool { return strings.EqualFold(id, parent.info.DataID) }) {
+		return fmt.Errorf("%w: %s was made above a file with the id %s, but %s has the id %s: it was changed since, or is another disk",
+			ErrParent, child.name, strings.Join(ids, " or "), parent.name, parent.info.DataID)
+	}
+	if a, b := child.info.LogicalSector, parent.info.LogicalSector; a != 0 && b != 0 && a != b {
+		return fmt.Errorf("%w: %s has sectors of %d bytes, its parent %s of %d", ErrFormat, child.name, a, parent.name, b)
+	}
+	return nil
 }
 
 // parentFormat is the format that the child says, or else one that cannot be
 // mistaken: raw when the content bears no mark, or the format that both the
 // content and the file's name tell. Content alone is not believed: a guest may
 // have written it when the parent was a raw disk of its own.
-func (fs Formats) parentFormat(ctx context.Context, child string, p Parent, f File) (string, error) {
-	if p.Format != "" {
+func (formats Formats) parentFormat(ctx context.Context, child link, f File) (string, error) {
+	if p := child.info.Parent; p.Format != "" {
 		return p.Format, nil
 	}
-	format, err := fs.Probe(ctx, f.Disk)
+	format, err := formats.Probe(ctx, f.Disk)
 	if err != nil {
 		return "", fmt.Errorf("probe %s: %w", f.Name, err)
 	}
@@ -70,22 +135,37 @@ func (fs Formats) parentFormat(ctx context.Context, child string, p Parent, f Fi
 		return format, nil
 	}
 	return "", fmt.Errorf("%w: %s does not say the format of its parent %s, which may be %s or raw (qemu-img rebase -u -b NAME -F FORMAT says it)",
-		ErrFormat, child, f.Name, format)
+		ErrFormat, child.name, f.Name, format)
 }
 
 // Files lists the names of the chain's files from the image itself to its
-// last parent, external data files not included.
-func (c *Chain) Files() []string { return c.names }
+// last parent, without the further files that a layer has.
+func (c *Chain) Files() []string {
+	list := make([]string, len(c.links))
+	for i, l := range c.links {
+		list[i] = l.name
+	}
+	return list
+}
+
+// Layers are the image itself, its parent, ... They stay the Chain's.
+func (c *Chain) Layers() []Layer {
+	list := make([]Layer, len(c.links))
+	for i, l := range c.links {
+		list[i] = l.layer
+	}
+	return list
+}
 
 // Size is that of the image itself. A shorter parent reads as zeros beyond its
 // end; what a longer one has more does not exist.
-func (c *Chain) Size() int64 { return c.layers[0].Size() }
+func (c *Chain) Size() int64 { return c.links[0].info.Size }
 
 // Close closes all files.
 func (c *Chain) Close() error {
 	var errs []error
-	for _, l := range c.layers {
-		errs = append(errs, l.Close())
+	for _, l := range c.links {
+		errs = append(errs, l.layer.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -99,21 +179,21 @@ func (c *Chain) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 // read fills p from the layer at depth and those beneath it.
 func (c *Chain) read(ctx context.Context, depth int, p []byte, off int64) error {
-	if depth == len(c.layers) {
+	if depth == len(c.links) {
 		clear(p)
 		return nil
 	}
-	l := c.layers[depth]
-	if n := max(0, min(int64(len(p)), l.Size()-off)); n < int64(len(p)) {
+	l := c.links[depth]
+	if n := max(0, min(int64(len(p)), l.info.Size-off)); n < int64(len(p)) {
 		clear(p[n:])
 		p = p[:n]
 	}
 	if len(p) == 0 {
 		return nil
 	}
-	if depth == len(c.layers)-1 { // nobody to ask: no need to know the runs
-		if err := l.ReadAt(ctx, p, off); err != nil {
-			return fmt.Errorf("%s: %w", c.names[depth], err)
+	if depth == len(c.links)-1 { // nobody to ask: no need to know the runs
+		if err := l.layer.ReadAt(ctx, p, off); err != nil {
+			return fmt.Errorf("%s: %w", c.links[depth].name, err)
 		}
 		return nil
 	}
@@ -124,8 +204,8 @@ func (c *Chain) read(ctx context.Context, depth int, p []byte, off int64) error 
 		q := p[r.Off-off : r.End()-off]
 		switch r.State {
 		case Data:
-			if err = l.ReadAt(ctx, q, r.Off); err != nil {
-				err = fmt.Errorf("%s: %w", c.names[depth], err)
+			if err = l.layer.ReadAt(ctx, q, r.Off); err != nil {
+				err = fmt.Errorf("%s: %w", c.links[depth].name, err)
 			}
 		case Zero:
 			clear(q)
@@ -144,9 +224,9 @@ func (c *Chain) read(ctx context.Context, depth int, p []byte, off int64) error 
 func (c *Chain) runs(ctx context.Context, depth int, off, n int64) Runs {
 	return func(yield func(Run, error) bool) {
 		var cur Run
-		for r, err := range c.layers[depth].Runs(ctx, off, n) {
+		for r, err := range c.links[depth].layer.Runs(ctx, off, n) {
 			if err != nil {
-				yield(Run{}, fmt.Errorf("%s: %w", c.names[depth], err))
+				yield(Run{}, fmt.Errorf("%s: %w", c.links[depth].name, err))
 				return
 			}
 			if cur.Len > 0 && cur.State == r.State {
@@ -180,8 +260,8 @@ func (c *Chain) extents(ctx context.Context, depth int, off, n int64, yield func
 		return true
 	}
 	inside := int64(0)
-	if depth < len(c.layers) {
-		inside = max(0, min(n, c.layers[depth].Size()-off))
+	if depth < len(c.links) {
+		inside = max(0, min(n, c.links[depth].info.Size-off))
 	}
 	if inside > 0 {
 		for r, err := range c.runs(ctx, depth, off, inside) {
@@ -208,9 +288,11 @@ func (c *Chain) extents(ctx context.Context, depth int, off, n int64, yield func
 // raw is a file whose bytes are the disk's. Its holes are zeros.
 type raw struct{ file File }
 
-func (r raw) Size() int64            { return r.file.Disk.Size() }
-func (r raw) Parent() (Parent, bool) { return Parent{}, false }
-func (r raw) Close() error           { return r.file.Disk.Close() }
+func (r raw) Info() Info   { return Info{Format: RawName, Variant: "flat", Size: r.file.Disk.Size()} }
+func (r raw) Close() error { return r.file.Disk.Close() }
+
+// Check has no structure to look at.
+func (r raw) Check(ctx context.Context, _ func(string)) error { return ctx.Err() }
 
 func (r raw) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return r.file.Disk.ReadAt(ctx, p, off)

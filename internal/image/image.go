@@ -46,6 +46,9 @@ var (
 	// ErrUnsupported is wrapped when an image uses a feature that is not
 	// readable here.
 	ErrUnsupported = errors.New("image is not supported")
+	// ErrParent is wrapped when the file that an image names as its parent is
+	// missing, or is not the one above which the image was made.
+	ErrParent = errors.New("the image's parent is not there")
 	// ErrOutside is wrapped when an image names a file that it may not reach.
 	ErrOutside = errors.New("image names a file outside its folder")
 )
@@ -77,20 +80,46 @@ type Runs = iter.Seq2[Run, error]
 
 // Parent is what an image says of the one beneath it.
 type Parent struct {
-	Name   string // as found in the file: not to be trusted
-	Format string // "" when the file does not say
+	// Names under which to look for it, the best first, as found in the file:
+	// not to be trusted. Names of other systems have been made relative paths
+	// with slashes.
+	Names []string
+	// Format is "" when the file does not say.
+	Format string
+	// IDs are those that the parent's Info.DataID may have; nil when the format
+	// knows none. A parent with another one was changed, or is another file:
+	// reading through it would give wrong data.
+	IDs []string
+}
+
+// Info describes one image file.
+type Info struct {
+	Format  string // as in Format.Name
+	Variant string // in the format's own words: "dynamic", "differencing", "monolithicSparse"
+	Size    int64  // of the virtual disk, bytes
+	Block   int64  // the unit in which the file allocates, bytes; 0 for none
+	// LogicalSector and PhysicalSector are the disk's, in bytes; 0 when the
+	// format does not say.
+	LogicalSector, PhysicalSector int64
+	DiskID                        string   // what the guest sees, the same along a chain; "" for none
+	DataID                        string   // changes with the content: children name it; "" for none
+	Parent                        *Parent  // nil when the file stands alone
+	DirtyLog                      bool     // the file holds changes that only its log tells; they are read
+	Warnings                      []string // what is odd and was put up with, a line each
 }
 
 // Layer is one image file. All methods but Close may run in parallel.
 type Layer interface {
-	// Size of the virtual disk, bytes.
-	Size() int64
-	// Parent names the layer beneath; ok is false when the file stands alone.
-	Parent() (p Parent, ok bool)
+	// Info does no I/O; its slices are not to be changed.
+	Info() Info
 	// Runs covers [off, off+n) without gaps. Neighbours may be of one state.
 	Runs(ctx context.Context, off, n int64) Runs
 	// ReadAt fills p from this layer alone. What is Absent reads as zeros.
 	ReadAt(ctx context.Context, p []byte, off int64) error
+	// Check reads all of the file's structure, not its content, and calls
+	// report with each thing that is wrong: a line with structure and offset.
+	// What Open refuses is not among it. Check fails when it could not look.
+	Check(ctx context.Context, report func(problem string)) error
 	// Close also closes the file or files that the layer was given.
 	Close() error
 }
@@ -124,8 +153,8 @@ type Formats []Format
 // Probe names the format whose mark the content bears, RawName when it bears
 // none. That a file bears a mark does not mean that its owner meant it to: see
 // the package comment.
-func (fs Formats) Probe(ctx context.Context, f disk.Reader) (string, error) {
-	for _, x := range fs {
+func (formats Formats) Probe(ctx context.Context, f disk.Reader) (string, error) {
+	for _, x := range formats {
 		ok, err := x.Match(ctx, f)
 		if err != nil {
 			return "", fmt.Errorf("probe for %s: %w", x.Name, err)
@@ -139,11 +168,11 @@ func (fs Formats) Probe(ctx context.Context, f disk.Reader) (string, error) {
 
 // OpenLayer opens one file, without its parents, in a format that the caller
 // knows. On an error f stays open.
-func (fs Formats) OpenLayer(ctx context.Context, f File, format string, resolve Resolver) (Layer, error) {
+func (formats Formats) OpenLayer(ctx context.Context, f File, format string, resolve Resolver) (Layer, error) {
 	if format == RawName {
 		return raw{f}, nil
 	}
-	for _, x := range fs {
+	for _, x := range formats {
 		if x.Name == format {
 			l, err := x.Open(ctx, f, resolve)
 			if err != nil {

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -49,13 +51,24 @@ func TestJoin(t *testing.T) {
 type toy struct {
 	data   *disk.Mem
 	states []State // per 4 KiB
-	parent string
+	parent string  // names, divided by |
 	closed *int
+
+	id        string
+	parentIDs []string
+	sector    int64
 }
 
-func (l toy) Size() int64            { return l.data.Size() }
-func (l toy) Parent() (Parent, bool) { return Parent{Name: l.parent, Format: "toy"}, l.parent != "" }
-func (l toy) Close() error           { *l.closed++; return nil }
+func (l toy) Close() error                              { *l.closed++; return nil }
+func (l toy) Check(context.Context, func(string)) error { return nil }
+
+func (l toy) Info() Info {
+	i := Info{Format: "toy", Size: l.data.Size(), DataID: l.id, LogicalSector: l.sector}
+	if l.parent != "" {
+		i.Parent = &Parent{Names: strings.Split(l.parent, "|"), Format: "toy", IDs: l.parentIDs}
+	}
+	return i
+}
 
 func (l toy) Runs(ctx context.Context, off, n int64) Runs {
 	return func(yield func(Run, error) bool) {
@@ -107,11 +120,11 @@ func TestChain(t *testing.T) {
 			}
 			layers[name] = newToy(t, rnd, 1+rnd.Int64N(600<<10), parent, &closed)
 		}
-		model := make([]byte, layers["a"].Size())
+		model := make([]byte, layers["a"].Info().Size)
 		for off := range model {
 			for _, name := range names {
 				l := layers[name]
-				if int64(off) >= l.Size() || l.states[off/4096] == Zero {
+				if int64(off) >= l.data.Size() || l.states[off/4096] == Zero {
 					break
 				}
 				if l.states[off/4096] == Data {
@@ -124,11 +137,11 @@ func TestChain(t *testing.T) {
 				}
 			}
 		}
-		fs := Formats{{Name: "toy", Open: func(_ context.Context, f File, _ Resolver) (Layer, error) { return layers[f.Name], nil }}}
+		formats := Formats{{Name: "toy", Open: func(_ context.Context, f File, _ Resolver) (Layer, error) { return layers[f.Name], nil }}}
 		open := func(_ context.Context, _, name string) (File, error) {
 			return File{Name: name, Disk: layers[name].data}, nil
 		}
-		c, err := fs.Open(t.Context(), File{Name: "a", Disk: layers["a"].data}, "toy", open)
+		c, err := formats.Open(t.Context(), File{Name: "a", Disk: layers["a"].data}, "toy", open)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -157,7 +170,7 @@ func TestRaw(t *testing.T) {
 }
 
 func TestProbe(t *testing.T) {
-	fs := Formats{{Name: "toy", Match: func(ctx context.Context, f disk.Reader) (bool, error) {
+	formats := Formats{{Name: "toy", Match: func(ctx context.Context, f disk.Reader) (bool, error) {
 		p := make([]byte, min(3, f.Size()))
 		err := f.ReadAt(ctx, p, 0)
 		return string(p) == "toy", err
@@ -167,12 +180,12 @@ func TestProbe(t *testing.T) {
 		if err := m.WriteAt(t.Context(), []byte(content), 0); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := fs.Probe(t.Context(), m); got != want || err != nil {
+		if got, err := formats.Probe(t.Context(), m); got != want || err != nil {
 			t.Errorf("%q is %s, %v", content, got, err)
 		}
 	}
 	bad := disktest.NewFaulty(disk.NewMem(100), 1)
-	if _, err := fs.Probe(t.Context(), bad); err == nil {
+	if _, err := formats.Probe(t.Context(), bad); err == nil {
 		t.Error("an unreadable file has a format")
 	}
 }
@@ -182,7 +195,7 @@ func TestOpenClosesOnError(t *testing.T) {
 	closed, opened := 0, 0
 	file := func(name string) File { opened++; return File{Name: name, Disk: &counted{disk.NewMem(4096), &closed}} }
 	rnd := disktest.Rand(t)
-	fs := Formats{{Name: "toy",
+	formats := Formats{{Name: "toy",
 		Match: func(context.Context, disk.Reader) (bool, error) { return true, nil },
 		Open: func(_ context.Context, f File, _ Resolver) (Layer, error) {
 			if f.Name == "broken" {
@@ -196,7 +209,7 @@ func TestOpenClosesOnError(t *testing.T) {
 		}}}
 	for name, want := range map[string]error{"broken": ErrFormat, "to broken": ErrFormat, "endless": ErrFormat, "n": errors.ErrUnsupported} {
 		closed, opened = 0, 0
-		_, err := fs.Open(t.Context(), file(name), "toy", func(_ context.Context, from, name string) (File, error) {
+		_, err := formats.Open(t.Context(), file(name), "toy", func(_ context.Context, from, name string) (File, error) {
 			if from == "nxxx" {
 				return File{}, errors.ErrUnsupported
 			}
@@ -211,7 +224,7 @@ func TestOpenClosesOnError(t *testing.T) {
 func TestDepthIsBounded(t *testing.T) {
 	rnd, closed := disktest.Rand(t), 0
 	for depth, want := range map[int]error{maxDepth: nil, maxDepth + 1: ErrFormat} {
-		fs := Formats{{Name: "toy", Open: func(_ context.Context, f File, _ Resolver) (Layer, error) {
+		formats := Formats{{Name: "toy", Open: func(_ context.Context, f File, _ Resolver) (Layer, error) {
 			parent := f.Name + "x"
 			if len(parent) > depth {
 				parent = ""
@@ -221,7 +234,7 @@ func TestDepthIsBounded(t *testing.T) {
 		open := func(_ context.Context, _, name string) (File, error) {
 			return File{Name: name, Disk: disk.NewMem(4096)}, nil
 		}
-		c, err := fs.Open(t.Context(), File{Name: "x", Disk: disk.NewMem(4096)}, "toy", open)
+		c, err := formats.Open(t.Context(), File{Name: "x", Disk: disk.NewMem(4096)}, "toy", open)
 		if !errors.Is(err, want) {
 			t.Errorf("%d layers: %v", depth, err)
 		}
@@ -235,6 +248,67 @@ func TestDepthIsBounded(t *testing.T) {
 		t.Errorf("closed %d layers", closed)
 	}
 }
+
+// TestParents: which of the files that an image names is its parent.
+func TestParents(t *testing.T) {
+	rnd := disktest.Rand(t)
+	closed, opened := 0, 0
+	for _, c := range []struct {
+		why    string
+		names  string
+		ids    []string
+		sector int64
+		files  string // chain that comes of it; "" for err
+		err    error
+		said   string
+	}{
+		{"no id known", "p1", nil, 0, "child p1", nil, ""},
+		{"the right id", "p1", []string{"ID1"}, 0, "child p1", nil, ""},
+		{"either id", "p2", []string{"id1", "id2"}, 0, "child p2", nil, ""},
+		{"a wrong one first", "p1|p2", []string{"id2"}, 0, "child p2", nil, ""},
+		{"a missing one first", "gone|p2", []string{"id2"}, 0, "child p2", nil, ""},
+		{"the wrong one only", "p1", []string{"id2"}, 0, "", ErrParent, "child was made above a file with the id id2, but p1 has the id id1"},
+		{"wrong and missing", "gone|p1", []string{"id2"}, 0, "", ErrParent, "p1 has the id id1"},
+		{"missing", "gone", []string{"id2"}, 0, "", fs.ErrNotExist, "gone"},
+		{"nameless", "", []string{"id2"}, 0, "", ErrParent, "does not name it"},
+		{"other sectors", "p1", nil, 512, "", ErrFormat, "sectors of 512 bytes"},
+	} {
+		closed, opened = 0, 0
+		formats := Formats{{Name: "toy", Open: func(_ context.Context, f File, _ Resolver) (Layer, error) {
+			l := newToy(t, rnd, 8192, "", new(int))
+			switch f.Name {
+			case "child":
+				l.parent, l.parentIDs, l.sector = c.names, c.ids, c.sector
+				if c.names == "" {
+					return nameless{owner{l, f.Disk}}, nil
+				}
+			default:
+				l.id, l.sector = "id"+f.Name[1:], 4096
+			}
+			return owner{l, f.Disk}, nil
+		}}}
+		file := func(name string) File { opened++; return File{Name: name, Disk: &counted{disk.NewMem(8192), &closed}} }
+		chain, err := formats.Open(t.Context(), file("child"), "toy", func(_ context.Context, _, name string) (File, error) {
+			if name == "gone" {
+				return File{}, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+			}
+			return file(name), nil
+		})
+		files := ""
+		if err == nil {
+			files = strings.Join(chain.Files(), " ")
+			err = chain.Close()
+		}
+		if files != c.files || !errors.Is(err, c.err) || err != nil && !strings.Contains(err.Error(), c.said) || opened != closed {
+			t.Errorf("%s: %q, %v; opened %d, closed %d", c.why, files, err, opened, closed)
+		}
+	}
+}
+
+// nameless has a parent that it does not name.
+type nameless struct{ owner }
+
+func (nameless) Info() Info { return Info{Format: "toy", Size: 8192, Parent: &Parent{}} }
 
 type counted struct {
 	*disk.Mem
@@ -254,7 +328,7 @@ func TestReadsNeverLeaveTheDisk(t *testing.T) {
 	closed := 0
 	rnd := disktest.Rand(t)
 	l := newToy(t, rnd, 10000, "", &closed)
-	c := &Chain{layers: []Layer{l}, names: []string{"x"}}
+	c := &Chain{links: []link{{l, l.Info(), "x"}}}
 	p := bytes.Repeat([]byte{1}, 10)
 	if err := c.ReadAt(t.Context(), p, 9995); !errors.Is(err, disk.ErrRange) {
 		t.Errorf("read across the end: %v", err)

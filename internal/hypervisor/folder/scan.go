@@ -224,14 +224,16 @@ func (s *Source) inspect(ctx context.Context, m *img, as kind, d disk.Reader) bo
 		m.err, m.size = err, 0
 		return true
 	}
-	m.size = l.Size()
-	p, has := l.Parent()
-	if has {
-		if rel, err := s.locate(m.rel, p.Name); err == nil { // else opening says why not
-			m.needs = append(m.needs, rel)
+	info := l.Info()
+	m.size = info.Size
+	if info.Parent != nil {
+		for _, name := range info.Parent.Names {
+			if rel, err := s.locate(m.rel, name); err == nil { // else opening says why not
+				m.needs = append(m.needs, rel)
+			}
 		}
 	}
-	if as != asQcow2 && (has || len(m.needs) > 0) {
+	if as != asQcow2 && (info.Parent != nil || len(m.needs) > 0) {
 		m.err = fmt.Errorf("%w: %s begins like a %s image that needs another file, but its guest may have written that: rename it to end in .%s if it is one, else in .raw",
 			image.ErrFormat, s.at(m.rel), mark, mark)
 		m.needs = nil

@@ -74,7 +74,7 @@ func walk(ctx context.Context, b []byte) error {
 	_, errs := im.Snapshots(ctx)
 	p := make([]byte, 256<<10)
 	runs := 0
-	for r, err := range im.Runs(ctx, 0, im.Size()) {
+	for r, err := range im.Runs(ctx, 0, im.Info().Size) {
 		if err != nil {
 			errs = errors.Join(errs, err)
 			break

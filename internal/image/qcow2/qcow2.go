@@ -34,6 +34,7 @@ import (
 
 	"holdfast/internal/disk"
 	"holdfast/internal/image"
+	"holdfast/internal/image/internal/cache"
 )
 
 // Name of the format.
@@ -82,8 +83,8 @@ type Image struct {
 	external bool
 	h        *header
 
-	tables   *cache // slices of the L1 table and of L2 tables, by file offset
-	clusters *cache // decompressed clusters, by their L2 entry without flags
+	tables   *cache.Cache // slices of the L1 table and of L2 tables, by file offset
+	clusters *cache.Cache // decompressed clusters, by their L2 entry without flags
 	inflater inflater
 }
 
@@ -105,18 +106,22 @@ func Open(ctx context.Context, f image.File, resolve image.Resolver) (*Image, er
 		}
 		im.data, im.external = d.Disk, true
 	}
-	im.tables = newCache(tableCache, im.loadSlice)
-	im.clusters = newCache(clusterCache, im.loadCompressed)
+	im.tables = cache.New(tableCache, im.loadSlice)
+	im.clusters = cache.New(clusterCache, im.loadCompressed)
 	return im, nil
 }
 
-// Size of the virtual disk in bytes; not necessarily whole clusters or sectors.
-func (im *Image) Size() int64 { return im.h.size }
-
-// Parent is the backing file, with its format if the image says it.
-func (im *Image) Parent() (image.Parent, bool) {
-	return image.Parent{Name: im.h.backing, Format: im.h.backingFormat}, im.h.backing != ""
+// Info describes the image. Its Size need not be whole clusters or sectors.
+func (im *Image) Info() image.Info {
+	i := image.Info{Format: Name, Variant: fmt.Sprintf("version %d", im.h.version), Size: im.h.size, Block: im.h.cluster()}
+	if im.h.backing != "" {
+		i.Parent = &image.Parent{Names: []string{im.h.backing}, Format: im.h.backingFormat}
+	}
+	return i
 }
+
+// Check looks at nothing yet.
+func (im *Image) Check(ctx context.Context, report func(string)) error { return ctx.Err() }
 
 // Close closes the file and the external data file.
 func (im *Image) Close() error {
@@ -163,7 +168,7 @@ func (im *Image) ReadAt(ctx context.Context, p []byte, off int64) error {
 			clear(q)
 		case m.compressed:
 			var c []byte
-			if c, err = im.clusters.get(ctx, m.host); err == nil {
+			if c, err = im.clusters.Get(ctx, m.host); err == nil {
 				copy(q, c[off&(im.h.cluster()-1):])
 			}
 		default:
@@ -276,7 +281,7 @@ func (im *Image) checkPlace(off, n, fileSize int64) error {
 // holds them, or of the table.
 func (im *Image) slice(ctx context.Context, at, end int64) ([]byte, error) {
 	base := at - at%sliceLen
-	b, err := im.tables.get(ctx, base)
+	b, err := im.tables.Get(ctx, base)
 	if err != nil {
 		return nil, err
 	}

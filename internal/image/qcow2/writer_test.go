@@ -202,8 +202,8 @@ func TestOverlayOf64TiB(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer im.Close()
-	if p, _ := im.Parent(); im.Size() != 64<<40 || p.Name != uri || p.Format != "raw" {
-		t.Errorf("size %d, parent %+v", im.Size(), p)
+	if i := im.Info(); i.Size != 64<<40 || i.Parent.Names[0] != uri || i.Parent.Format != "raw" {
+		t.Errorf("size %d, parent %+v", im.Info().Size, im.Info().Parent)
 	}
 	t.Logf("opened in %v", time.Since(start))
 	if _, err := exec.LookPath("qemu-img"); err == nil {

@@ -1,4 +1,6 @@
-package qcow2
+// Package cache keeps pieces of image files in memory: slices of tables,
+// decompressed clusters.
+package cache
 
 import (
 	"container/list"
@@ -6,11 +8,11 @@ import (
 	"sync"
 )
 
-// cache keeps pieces of a file that cost something to get, by their offset, in
+// Cache keeps pieces of a file that cost something to get, by their offset, in
 // at most limit bytes or one piece. Several may ask at once; one of them
 // gets a missing piece and the others wait for it. What it gives out is shared
 // and must not be changed. A failure is not kept.
-type cache struct {
+type Cache struct {
 	limit int64
 	load  func(ctx context.Context, key int64) ([]byte, error)
 
@@ -28,11 +30,14 @@ type item struct {
 	place *list.Element // nil until loaded
 }
 
-func newCache(limit int64, load func(context.Context, int64) ([]byte, error)) *cache {
-	return &cache{limit: limit, load: load, items: map[int64]*item{}}
+// New returns an empty cache. load gets what is missing; it runs in the
+// goroutine that asked.
+func New(limit int64, load func(context.Context, int64) ([]byte, error)) *Cache {
+	return &Cache{limit: limit, load: load, items: map[int64]*item{}}
 }
 
-func (c *cache) get(ctx context.Context, key int64) ([]byte, error) {
+// Get returns the piece of that key.
+func (c *Cache) Get(ctx context.Context, key int64) ([]byte, error) {
 	for {
 		c.mu.Lock()
 		it := c.items[key]
@@ -64,7 +69,7 @@ func (c *cache) get(ctx context.Context, key int64) ([]byte, error) {
 	}
 }
 
-func (c *cache) fill(ctx context.Context, it *item) ([]byte, error) {
+func (c *Cache) fill(ctx context.Context, it *item) ([]byte, error) {
 	it.data, it.err = c.load(ctx, it.key)
 	c.mu.Lock()
 	defer c.mu.Unlock()
