@@ -32,7 +32,8 @@ const (
 	bitCompression = 1 << 3
 	bitExtendedL2  = 1 << 4
 
-	// Autoclear features.
+	// Autoclear features: a writer that does not know one clears its bit.
+	bitBitmaps = 1 << 0 // the bitmaps are up to date
 	bitRawData = 1 << 1
 
 	// Header extensions.
@@ -40,6 +41,7 @@ const (
 	extBackingFormat = 0xe2792aca
 	extFeatureNames  = 0x6803f857
 	extDataFile      = 0x44415441
+	extBitmaps       = 0x23852875
 
 	compressZlib = 0
 	compressZstd = 1
@@ -60,10 +62,19 @@ type header struct {
 	incompatible uint64
 	autoclear    uint64
 	compression  uint8
+	refOrder     uint    // refcounts have 1<<refOrder bits
+	bitmaps      []byte  // the data of their header extension; nil for none
+	places       []place // of tables that nothing else may overlap
 
 	backing       string // "" for none
 	backingFormat string
 	dataFile      string
+}
+
+// place is where a table lies.
+type place struct {
+	what   string
+	off, n int64
 }
 
 func (h *header) cluster() int64   { return 1 << h.clusterBits }
@@ -75,8 +86,9 @@ func bad(format string, args ...any) error {
 }
 
 // readHeader reads and checks the header, its extensions and the strings it
-// refers to, all of which lie in the first cluster.
-func readHeader(ctx context.Context, f disk.Reader) (*header, error) {
+// refers to, all of which lie in the first cluster. damaged lets an image pass
+// that is marked corrupt.
+func readHeader(ctx context.Context, f disk.Reader, damaged bool) (*header, error) {
 	buf := make([]byte, min(f.Size(), 112))
 	if err := f.ReadAt(ctx, buf, 0); err != nil {
 		return nil, fmt.Errorf("read header: %w", err)
@@ -87,7 +99,7 @@ func readHeader(ctx context.Context, f disk.Reader) (*header, error) {
 	if string(buf[:4]) != magic {
 		return nil, bad("not a qcow2 image: it begins with %x", buf[:4])
 	}
-	h := &header{version: binary.BigEndian.Uint32(buf[4:])}
+	h := &header{version: binary.BigEndian.Uint32(buf[4:]), refOrder: 4}
 	if h.version != 2 && h.version != 3 {
 		return nil, fmt.Errorf("%w: qcow2 version %d", image.ErrUnsupported, h.version)
 	}
@@ -110,7 +122,7 @@ func readHeader(ctx context.Context, f disk.Reader) (*header, error) {
 	// What names a feature comes before what judges it.
 	features, err := h.parseExtensions(first, extensions)
 	if err == nil {
-		err = h.checkFeatures(first, features)
+		err = h.checkFeatures(first, features, damaged)
 	}
 	if err == nil {
 		err = h.parseFixed(first, f.Size())
@@ -136,9 +148,11 @@ func (h *header) parseV3(b []byte) (int64, error) {
 	if n > 104 {
 		h.compression = b[104]
 	}
-	if order := binary.BigEndian.Uint32(b[96:]); order > 6 {
+	order := binary.BigEndian.Uint32(b[96:])
+	if order > 6 {
 		return 0, bad("header: refcount_order is %d", order)
 	}
+	h.refOrder = uint(order)
 	return n, nil
 }
 
@@ -169,6 +183,8 @@ func (h *header) parseExtensions(b []byte, at int64) (map[int]string, error) {
 			h.backingFormat = string(data)
 		case extDataFile:
 			h.dataFile = string(data)
+		case extBitmaps:
+			h.bitmaps = data
 		case extFeatureNames:
 			for ; len(data) >= 48; data = data[48:] {
 				if data[0] == 0 { // an incompatible one
@@ -181,7 +197,7 @@ func (h *header) parseExtensions(b []byte, at int64) (map[int]string, error) {
 	return nil, bad("header: more than %d extensions", maxExtras)
 }
 
-func (h *header) checkFeatures(b []byte, names map[int]string) error {
+func (h *header) checkFeatures(b []byte, names map[int]string, damaged bool) error {
 	const known = bitDirty | bitCorrupt | bitDataFile | bitCompression | bitExtendedL2
 	var unknown []string
 	for bit := range 64 {
@@ -196,8 +212,8 @@ func (h *header) checkFeatures(b []byte, names map[int]string) error {
 	if len(unknown) > 0 {
 		return fmt.Errorf("%w: incompatible features unknown here: %s", image.ErrUnsupported, strings.Join(unknown, ", "))
 	}
-	if h.incompatible&bitCorrupt != 0 {
-		return bad("the image is marked corrupt: repair a copy of it with qemu-img check -r all")
+	if h.incompatible&bitCorrupt != 0 && !damaged {
+		return fmt.Errorf("%w: repair a copy of it with qemu-img check -r all", ErrCorrupt)
 	}
 	switch method := binary.BigEndian.Uint32(b[32:]); method {
 	case 0:
@@ -244,6 +260,7 @@ func (h *header) parseFixed(b []byte, fileSize int64) error {
 	if h.refsOff, err = h.table("refcount table", b[48:], h.refsLen, fileSize); err != nil {
 		return err
 	}
+	h.places = []place{{"the L1 table", h.l1Off, h.l1Len * 8}, {"the refcount table", h.refsOff, h.refsLen}}
 	h.snapshots = binary.BigEndian.Uint32(b[60:])
 	if h.snapshots > 0 {
 		if h.snapsOff, err = h.table("snapshot table", b[64:], int64(h.snapshots)*40, fileSize); err != nil {
@@ -284,10 +301,7 @@ func (h *header) table(what string, b []byte, n, fileSize int64) (int64, error) 
 }
 
 // l1Need is how many L1 entries the virtual disk takes.
-func (h *header) l1Need() int64 {
-	covers := h.l2Entries() << h.clusterBits
-	return (h.size + covers - 1) / covers
-}
+func (h *header) l1Need() int64 { return up(h.size, h.l2Entries()<<h.clusterBits) }
 
 // l2Entries is how many clusters one L2 table describes.
 func (h *header) l2Entries() int64 {

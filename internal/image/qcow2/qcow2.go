@@ -14,9 +14,17 @@
 // Source of all format facts: QEMU's docs/interop/qcow2 ("Qcow2 Image File
 // Format"). Read: zlib and zstd compression, extended L2 entries, external
 // data files, backing files, dirty images (their refcounts are stale, and no
-// reader needs them). Refused by name: encryption, unknown incompatible
-// features, images marked corrupt. Internal snapshots are listed; what is read
-// is the active state.
+// reader needs them), internal snapshots (each is a layer of its own), and
+// persistent bitmaps. Refused by name: encryption, unknown incompatible
+// features.
+//
+// QEMU marks an image corrupt when it meets tables that contradict each other,
+// and from then on refuses to write to it. Such an image is refused here too by
+// what everybody calls: a backup of it would look like any other, and in time
+// push out the last good one. But it may be all that somebody has, and often
+// only a few of its clusters are wrong. So Damaged and OpenDamaged read it, for
+// a caller who was told and still wants what is there; no check of an offset is
+// weaker then, so what cannot be right is an error and never made up.
 //
 // Every offset is checked against the file's length, the cluster size and the
 // places of the header and the tables; errors wrap image.ErrFormat and name
@@ -31,6 +39,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"sync/atomic"
 
 	"holdfast/internal/disk"
 	"holdfast/internal/image"
@@ -65,37 +74,83 @@ func Format() image.Format {
 	}
 }
 
+// Damaged is Format, but reads images that are marked corrupt too.
+func Damaged() image.Format {
+	return image.Format{
+		Name:  Name,
+		Match: match,
+		Open: func(ctx context.Context, f image.File, resolve image.Resolver) (image.Layer, error) {
+			return OpenDamaged(ctx, f, resolve)
+		},
+	}
+}
+
+// match wants a version too, though not only those that are readable here: an
+// image of a later version, or of the format that preceded this one, had better
+// be refused by its name than be read as a raw disk.
 func match(ctx context.Context, f disk.Reader) (bool, error) {
-	if f.Size() < int64(len(magic)) {
+	b := make([]byte, 8)
+	if f.Size() < int64(len(b)) {
 		return false, nil
 	}
-	b := make([]byte, len(magic))
 	if err := f.ReadAt(ctx, b, 0); err != nil {
 		return false, err
 	}
-	return string(b) == magic, nil
+	version := binary.BigEndian.Uint32(b[4:])
+	return string(b[:4]) == magic && version >= 1 && version < 16, nil
 }
 
-// Image is one qcow2 file: an image.Layer.
+// ErrCorrupt is wrapped when QEMU has marked the image corrupt. It is an
+// image.ErrFormat.
+var ErrCorrupt = fmt.Errorf("%w: the image is marked corrupt", image.ErrFormat)
+
+// Image is one qcow2 file, or an internal snapshot in one: an image.Layer.
 type Image struct {
+	*files
+	h    *header
+	info image.Info
+}
+
+// files are what an image shares with its snapshots. The caches are by places
+// in the file, so they are good for all of them.
+type files struct {
 	file     disk.Reader
 	data     disk.Reader // where clusters lie: file, or the external data file
 	external bool
-	h        *header
+	users    atomic.Int64 // the last one to close closes the files
 
-	tables   *cache.Cache // slices of the L1 table and of L2 tables, by file offset
+	cluster  int64        // bytes
+	tables   *cache.Cache // slices of L1 and L2 tables, by file offset
 	clusters *cache.Cache // decompressed clusters, by their L2 entry without flags
-	inflater inflater
+	inflater *inflater
 }
 
 // Open reads an image's header. An external data file is asked of resolve. The
-// Image owns f's Disk; on an error the caller still does.
+// Image owns f's Disk; on an error the caller still does. An image that is
+// marked corrupt is refused with ErrCorrupt.
 func Open(ctx context.Context, f image.File, resolve image.Resolver) (*Image, error) {
-	h, err := readHeader(ctx, f.Disk)
+	return open(ctx, f, resolve, false)
+}
+
+// OpenDamaged is Open, but reads an image that is marked corrupt too: see the
+// package comment. Check tells what is wrong with it.
+func OpenDamaged(ctx context.Context, f image.File, resolve image.Resolver) (*Image, error) {
+	return open(ctx, f, resolve, true)
+}
+
+func open(ctx context.Context, f image.File, resolve image.Resolver, damaged bool) (*Image, error) {
+	h, err := readHeader(ctx, f.Disk, damaged)
 	if err != nil {
 		return nil, err
 	}
-	im := &Image{file: f.Disk, data: f.Disk, h: h, inflater: inflater{kind: h.compression}}
+	x := &files{file: f.Disk, data: f.Disk, cluster: h.cluster(), inflater: newInflater(h.compression)}
+	x.tables = cache.New(tableCache, x.loadSlice)
+	x.clusters = cache.New(clusterCache, x.loadCompressed)
+	x.users.Store(1)
+	im := &Image{files: x, h: h}
+	if err := im.describe(ctx); err != nil {
+		return nil, err
+	}
 	if h.incompatible&bitDataFile != 0 {
 		if h.dataFile == "" {
 			return nil, bad("header: it keeps its data in another file and does not name it")
@@ -104,27 +159,50 @@ func Open(ctx context.Context, f image.File, resolve image.Resolver) (*Image, er
 		if err != nil {
 			return nil, fmt.Errorf("open its data file: %w", err)
 		}
-		im.data, im.external = d.Disk, true
+		x.data, x.external = d.Disk, true
 	}
-	im.tables = cache.New(tableCache, im.loadSlice)
-	im.clusters = cache.New(clusterCache, im.loadCompressed)
 	return im, nil
 }
 
 // Info describes the image. Its Size need not be whole clusters or sectors.
-func (im *Image) Info() image.Info {
-	i := image.Info{Format: Name, Variant: fmt.Sprintf("version %d", im.h.version), Size: im.h.size, Block: im.h.cluster()}
-	if im.h.backing != "" {
-		i.Parent = &image.Parent{Names: []string{im.h.backing}, Format: im.h.backingFormat}
+func (im *Image) Info() image.Info { return im.info }
+
+// describe sets info.
+func (im *Image) describe(ctx context.Context) error {
+	h := im.h
+	i := image.Info{Format: Name, Variant: fmt.Sprintf("version %d", h.version), Size: h.size, Block: h.cluster()}
+	if h.compression == compressZstd {
+		i.Variant += ", zstd"
 	}
-	return i
+	if h.extendedL2() {
+		i.Variant += ", extended L2"
+	}
+	if h.incompatible&bitDataFile != 0 {
+		i.Variant += ", external data file"
+	}
+	if h.backing != "" {
+		i.Parent = &image.Parent{Names: []string{h.backing}, Format: h.backingFormat}
+	}
+	if h.incompatible&bitCorrupt != 0 {
+		i.Warnings = append(i.Warnings, "the image is marked corrupt: some of what it reads as may be wrong")
+	}
+	if h.incompatible&bitDirty != 0 {
+		i.Warnings = append(i.Warnings, "the image was not closed: its refcounts are stale, which does not matter for reading")
+	}
+	w, err := im.warnSnapshots(ctx)
+	if w != "" {
+		i.Warnings = append(i.Warnings, w)
+	}
+	im.info = i
+	return err
 }
 
-// Check looks at nothing yet.
-func (im *Image) Check(ctx context.Context, report func(string)) error { return ctx.Err() }
-
-// Close closes the file and the external data file.
+// Close closes the file and the external data file, if the image and all its
+// open snapshots are closed now.
 func (im *Image) Close() error {
+	if im.users.Add(-1) > 0 {
+		return nil
+	}
 	err := im.file.Close()
 	if im.external {
 		err = errors.Join(err, im.data.Close())
@@ -162,22 +240,19 @@ func (im *Image) ReadAt(ctx context.Context, p []byte, off int64) error {
 		if err != nil {
 			return err
 		}
-		q := p[:m.n]
+		n := m.n
 		switch {
 		case m.state != image.Data:
-			clear(q)
+			clear(p[:n])
 		case m.compressed:
-			var c []byte
-			if c, err = im.clusters.Get(ctx, m.host); err == nil {
-				copy(q, c[off&(im.h.cluster()-1):])
-			}
+			n, err = im.readCompressed(ctx, p, off, m)
 		default:
-			err = im.readHost(ctx, q, m.host)
+			err = im.readHost(ctx, p[:n], m.host)
 		}
 		if err != nil {
 			return fmt.Errorf("read at %d: %w", off, err)
 		}
-		p, off = p[m.n:], off+m.n
+		p, off = p[n:], off+n
 	}
 	return nil
 }
@@ -269,10 +344,11 @@ func (im *Image) checkPlace(off, n, fileSize int64) error {
 		return bad("at offset %d lies beyond the file's end at %d: is the file truncated?", off, fileSize)
 	case off < im.h.cluster():
 		return bad("at offset %d overlaps the header", off)
-	case off < im.h.l1Off+im.h.l1Len*8 && off+n > im.h.l1Off:
-		return bad("at offset %d overlaps the L1 table at %d", off, im.h.l1Off)
-	case off < im.h.refsOff+im.h.refsLen && off+n > im.h.refsOff:
-		return bad("at offset %d overlaps the refcount table at %d", off, im.h.refsOff)
+	}
+	for _, p := range im.h.places {
+		if off < p.off+p.n && off+n > p.off {
+			return bad("at offset %d overlaps %s at %d", off, p.what, p.off)
+		}
 	}
 	return nil
 }
@@ -293,7 +369,7 @@ func (im *Image) slice(ctx context.Context, at, end int64) ([]byte, error) {
 	return b, nil
 }
 
-func (im *Image) loadSlice(ctx context.Context, base int64) ([]byte, error) {
+func (im *files) loadSlice(ctx context.Context, base int64) ([]byte, error) {
 	b := make([]byte, min(sliceLen, im.file.Size()-base))
 	return b, im.file.ReadAt(ctx, b, base)
 }
@@ -420,23 +496,4 @@ func (im *Image) checkData(host, l2, off int64) error {
 		return nil
 	}
 	return im.checkPlace(host, min(im.h.cluster(), im.file.Size()-host), im.file.Size())
-}
-
-// loadCompressed reads and decompresses the cluster of a descriptor.
-func (im *Image) loadCompressed(ctx context.Context, desc int64) ([]byte, error) {
-	x := 62 - (im.h.clusterBits - 8)
-	off := desc & (1<<x - 1)
-	n := (desc>>x+1)*512 - off&511
-	if off < im.h.cluster() || off >= im.file.Size() {
-		return nil, bad("compressed cluster: its offset %d does not lie in the file of %d bytes", off, im.file.Size())
-	}
-	src := make([]byte, min(n, im.file.Size()-off))
-	if err := im.file.ReadAt(ctx, src, off); err != nil {
-		return nil, err
-	}
-	dst := make([]byte, im.h.cluster())
-	if err := im.inflater.inflate(dst, src); err != nil {
-		return nil, fmt.Errorf("%d bytes at offset %d: %w", len(src), off, err)
-	}
-	return dst, nil
 }
