@@ -222,7 +222,7 @@ func (b *bench) disks(ctx context.Context, run int) error {
 		}},
 	}
 	for _, k := range kinds {
-		if err := warm(b.disk()); err != nil {
+		if err := errors.Join(level(filepath.Join(b.work, "fill")), warm(b.disk())); err != nil {
 			return err
 		}
 		if err := syncAll(b.work); err != nil {
