@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"holdfast/internal/node"
+	"holdfast/internal/repo"
 )
 
 // app is one run of the program.
@@ -21,6 +22,8 @@ type app struct {
 	repo  string
 	json  bool
 	quiet bool
+
+	compression repo.Compression // of the command backup
 
 	progress *progress
 	node     *node.Node
@@ -38,9 +41,10 @@ func (a *app) open() *node.Node {
 		a.repo = os.Getenv("HOLDFAST_REPO")
 	}
 	a.node = node.New(node.Options{
-		Repo:       a.repo,
-		Passphrase: a.passphrase,
-		Report:     node.Report{Task: a.progress.task, Note: a.note},
+		Repo:        a.repo,
+		Passphrase:  a.passphrase,
+		Report:      node.Report{Task: a.progress.task, Note: a.note},
+		Compression: a.compression,
 	})
 	return a.node
 }

@@ -10,11 +10,12 @@ import (
 	"holdfast/internal/backup"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/node"
+	"holdfast/internal/repo"
 )
 
 func (a *app) backup() *cobra.Command {
 	var q node.BackupRequest
-	var consistency string
+	var consistency, compression string
 	cmd := &cobra.Command{
 		Use:     "backup HOST [VM...]",
 		GroupID: "backup",
@@ -26,6 +27,10 @@ restore point is complete; after the first, only what changed is read.
 a loss of power; "filesystem" its agent freezes all filesystems for a moment;
 "application" its applications take part too (VSS on Windows, a freeze hook on
 Linux). What cannot be reached is an error, never less than was asked for.
+
+--compression says what new data costs: "fast" the least time, "small" about a
+fifth less space for three times the processor's work, also when it is read
+back. What is stored already stays as it is; one repository may hold both.
 
 One VM's failure does not stop the others; the exit status is then 1.`,
 		Example: `  holdfast backup qemu:///system
@@ -39,6 +44,10 @@ One VM's failure does not stop the others; the exit status is then 1.`,
 			if err := oneOf("consistency", consistency, "crash", "filesystem", "application"); err != nil {
 				return err
 			}
+			if err := oneOf("compression", compression, "fast", "small"); err != nil {
+				return err
+			}
+			a.compression = repo.Compression(compression)
 			if q.History != "" && len(q.VMs) != 1 {
 				return usagef("--history continues the history of one VM: name the VM to back up")
 			}
@@ -68,10 +77,12 @@ One VM's failure does not stop the others; the exit status is then 1.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&consistency, "consistency", "filesystem", "`LEVEL` crash, filesystem or application")
+	f.StringVar(&compression, "compression", "fast", "of new data: `HOW` fast or small")
 	f.DurationVar(&q.FreezeLimit, "freeze-limit", 0, "`TIME` that a guest may stay frozen, whatever happens (default 10s)")
 	f.BoolVar(&q.Live, "live", false, "copy images of a directory even while they are written; the point is then not of one instant")
 	f.StringVar(&q.History, "history", "", "continue the history of `VM`, under the backed-up VM's new identity")
 	must(cmd.RegisterFlagCompletionFunc("consistency", choices("crash", "filesystem", "application")))
+	must(cmd.RegisterFlagCompletionFunc("compression", choices("fast", "small")))
 	must(cmd.RegisterFlagCompletionFunc("history", a.completeHistory))
 	return cmd
 }

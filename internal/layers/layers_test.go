@@ -158,6 +158,8 @@ func check(from string, test bool, to string) error {
 		return nil
 	case test && strings.HasPrefix(to, "test/lab"): // real guests, for tests that ask for them
 		return nil
+	case test && src.side == right && to == "internal/mover": // what else would fill the disks of tests
+		return nil
 	case src.side == core && dst.side == right:
 		return fmt.Errorf("is on the right side, which the core gets through node")
 	case src.side == right && strings.HasPrefix(to+"/", "internal/image/"):

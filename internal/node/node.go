@@ -46,6 +46,8 @@ type Options struct {
 	Passphrase func(ctx context.Context, create bool) ([]byte, error)
 	// Report is told how work goes.
 	Report Report
+	// Compression of what a backup stores.
+	Compression repo.Compression
 }
 
 // Report is told how work goes while it goes. Its functions may be called in
@@ -137,7 +139,7 @@ func (n *Node) options() (repo.Options, error) {
 	if err != nil {
 		return repo.Options{}, err
 	}
-	return repo.Options{Cache: filepath.Join(d.Path(), "cache")}, nil
+	return repo.Options{Cache: filepath.Join(d.Path(), "cache"), Compression: n.o.Compression}, nil
 }
 
 // Repo is the repository, opened when first needed.

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
@@ -146,6 +147,9 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 		return nil, fmt.Errorf("config: %w", err)
 	}
 	r := &Repo{store: s, id: id, pub: ed25519.PublicKey(c.VerifyKey)}
+	if o.Compression == Small {
+		r.compressor = codec.Small
+	}
 	if r.ring, err = unlock(ctx, s, id, passphrase); err != nil {
 		return nil, err
 	}

@@ -3,8 +3,6 @@ package repo
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/hmac"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -12,7 +10,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/zeebo/blake3"
+
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -89,7 +90,20 @@ type Options struct {
 	// this machine's own, private. All in it may be deleted but "head", whose
 	// loss only costs the detection of a rollback. Required.
 	Cache string
+	// Compression is that of new data. What a repository holds can be read
+	// whatever it is.
+	Compression Compression
 }
+
+// Compression says how data is compressed.
+type Compression string
+
+const (
+	// Fast is several times faster than Small, in both directions. "" is Fast.
+	Fast Compression = "fast"
+	// Small takes about a fifth less space.
+	Small Compression = "small"
+)
 
 // Repo is an open repository. Safe in parallel, but for Close.
 type Repo struct {
@@ -99,6 +113,8 @@ type Repo struct {
 	sign  ed25519.PrivateKey
 	ring  *seal.Ring
 	cache string // directory of this repository's cache
+
+	compressor codec.Compressor // of new chunks
 
 	chunkIDs, nodeIDs sync.Pool // hash.Hash, keyed
 
@@ -168,7 +184,15 @@ func keyedHash(pool *sync.Pool, p []byte) (id pack.ID) {
 
 func (r *Repo) deriveIDs() {
 	ids := (*seal.Key)(r.ring.IDs)
-	chunk, node := ids.Derive(nil, "chunk id"), ids.Derive(nil, "node id")
-	r.chunkIDs.New = func() any { return hmac.New(sha256.New, chunk[:]) }
-	r.nodeIDs.New = func() any { return hmac.New(sha256.New, node[:]) }
+	keyed := func(purpose string) func() any {
+		key := ids.Derive(nil, purpose)
+		return func() any {
+			h, err := blake3.NewKeyed(key[:])
+			if err != nil {
+				panic(err) // only for a key of another length
+			}
+			return h
+		}
+	}
+	r.chunkIDs.New, r.nodeIDs.New = keyed("chunk id"), keyed("node id")
 }

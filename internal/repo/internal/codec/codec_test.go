@@ -5,20 +5,28 @@ import (
 	"crypto/rand"
 	"testing"
 
+	"github.com/klauspost/compress/s2"
 	"github.com/klauspost/compress/zstd"
 )
 
 func TestRoundTrip(t *testing.T) {
 	noise := make([]byte, 65536)
 	rand.Read(noise)
-	for _, p := range [][]byte{nil, {0}, []byte("a"), bytes.Repeat([]byte("text "), 13000), noise} {
-		e := Encode([]byte("before"), p)
+	var all [][]byte
+	for range 2 {
+		all = append(all, nil, []byte{0}, []byte("a"), bytes.Repeat([]byte("text "), 13000), noise)
+	}
+	for i, p := range all {
+		e := Compressor(2*i/len(all)).Encode([]byte("before"), p)
 		if !bytes.HasPrefix(e, []byte("before")) || len(e) > len("before")+1+len(p) {
 			t.Fatalf("%d bytes become %d", len(p), len(e))
 		}
 		got, err := Decode([]byte("x"), e[6:], len(p))
 		if err != nil || !bytes.Equal(got[1:], p) {
 			t.Fatalf("%d bytes: %v", len(p), err)
+		}
+		if len(p) > 1000 && len(p) != len(noise) && (e[6] == plain || len(e) > len(p)/10) {
+			t.Errorf("%d bytes of text become %d with codec %d", len(p), len(e), e[6])
 		}
 		if len(p) > 0 {
 			if _, err := Decode(nil, e[6:], len(p)-1); err == nil {
@@ -44,6 +52,10 @@ func TestHostile(t *testing.T) {
 		"bomb":       append([]byte{1}, bomb...),
 		"codec":      {9, 1, 2},
 		"empty":      {},
+		"snappy":     append([]byte{2}, s2.EncodeSnappy(nil, make([]byte, 1001))...),
+		"long":       {2, 0xff, 0xff, 0xff, 0xff, 0x7f, 0},
+		"cut":        append([]byte{2}, s2.EncodeSnappy(nil, bytes.Repeat([]byte("abcdefgh1"), 100))[:20]...),
+		"nothing":    {2},
 	} {
 		if got, err := Decode(nil, p, 1000); err == nil {
 			t.Errorf("%s: %d bytes", name, len(got))
@@ -52,7 +64,8 @@ func TestHostile(t *testing.T) {
 }
 
 func FuzzDecode(f *testing.F) {
-	f.Add(Encode(nil, bytes.Repeat([]byte("ab"), 100)))
+	f.Add(Fast.Encode(nil, bytes.Repeat([]byte("ab"), 100)))
+	f.Add(Small.Encode(nil, bytes.Repeat([]byte("ab"), 100)))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		if got, err := Decode(nil, p, 4096); err == nil && len(got) > 4096 {
 			t.Errorf("%d bytes", len(got))

@@ -14,7 +14,7 @@ func build(n int) (p []byte, h seal.Header, key *seal.Key, items []Item, content
 	h, key = seal.NewHeader(seal.Pack, Chunks, 1, [16]byte{5}), &seal.Key{9}
 	for i := range n {
 		c := bytes.Repeat([]byte{byte(i), byte(rng.Uint32())}, 1+rng.IntN(3000))
-		items = append(items, Item{ID: ID{byte(i), 1}, Plain: len(c), Data: codec.Encode(nil, c)})
+		items = append(items, Item{ID: ID{byte(i), 1}, Plain: len(c), Data: codec.Small.Encode(nil, c)})
 		contents = append(contents, c)
 	}
 	p, _ = Build(nil, h, key, items)

@@ -156,7 +156,7 @@ func (d *Document) Marshal(key *Key, purpose string, sign ed25519.PrivateKey) ([
 	var plain []byte
 	sealedLen := 0
 	if key != nil {
-		plain = codec.Encode(nil, d.Sealed)
+		plain = codec.Small.Encode(nil, d.Sealed)
 		sealedLen = len(plain) + TagLen
 	}
 	if len(d.Clear) > maxPart || sealedLen > maxPart {
