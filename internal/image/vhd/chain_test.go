@@ -17,8 +17,8 @@ import (
 )
 
 // makeChain saves 0.vhd, of any kind, and children to depth.vhd above it. It
-// returns what the last reads as.
-func makeChain(t testing.TB, rnd *rand.Rand, dir string, depth int, groups bool) []byte {
+// returns what the last reads as. Of like usual and groups count.
+func makeChain(t testing.TB, rnd *rand.Rand, dir string, depth int, like plan) []byte {
 	t.Helper()
 	size := func() int64 { return 512 * (1 + rnd.Int64N(12000)) }
 	id := randomID(rnd)
@@ -32,14 +32,14 @@ func makeChain(t testing.TB, rnd *rand.Rand, dir string, depth int, groups bool)
 		}
 		save(t, v, filepath.Join(dir, "0.vhd"))
 	} else {
-		x := build(rnd, plan{kind: kindDynamic, size: n, block: 512 << 10 << (2 * rnd.IntN(2)), id: id, full: 70})
+		x := build(rnd, plan{kind: kindDynamic, size: n, block: 512 << 10 << (2 * rnd.IntN(2)), id: id, full: 70, usual: like.usual})
 		x.save(t, dir, "0.vhd")
 		under = x.disk
 	}
 	for i := 1; i <= depth; i++ {
 		parent := fmt.Sprintf("%d.vhd", i-1)
-		p := plan{kind: kindDifferencing, size: int64(len(under)), block: 512 << 10 << (2 * rnd.IntN(2)), parent: id, full: 60, groups: groups, name: parent}
-		if !groups { // libvhdi takes all of a chain to have one size
+		p := plan{kind: kindDifferencing, size: int64(len(under)), block: 512 << 10 << (2 * rnd.IntN(2)), parent: id, full: 60, usual: like.usual, groups: like.groups, name: parent}
+		if !like.usual { // others take all of a chain to have one size
 			p.size = size()
 			p.cut = rnd.IntN(2) == 0
 		}
@@ -62,7 +62,7 @@ func TestChains(t *testing.T) {
 	}
 	for range rounds {
 		dir, depth := t.TempDir(), 1+rnd.IntN(4)
-		want := makeChain(t, rnd, dir, depth, false)
+		want := makeChain(t, rnd, dir, depth, plan{})
 		c := openChain(t, dir, fmt.Sprintf("%d.vhd", depth))
 		if len(c.Files()) != depth+1 {
 			t.Fatalf("files %v", c.Files())
