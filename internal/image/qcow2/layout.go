@@ -23,9 +23,24 @@ type layout struct {
 	l1      int64 // place of the L1 table
 	l1Count int64 // entries
 	first   int64 // place of the first cluster behind the tables
+
+	compression uint8
 }
 
-func newLayout(size, cluster int64) (layout, error) {
+func newLayout(size, cluster int64) (layout, error) { return newLayoutWith(size, cluster, 0) }
+
+// newPackedLayout is for an image of compressed clusters, which may leave some
+// of the file unused: less than a cluster in each region, and at each refcount
+// block.
+func newPackedLayout(size, cluster int64, kind uint8) (layout, error) {
+	guest := up(max(size, 0), max(cluster, 1))
+	l, err := newLayoutWith(size, cluster, guest/(packRegion/2)+guest/64+2*packRegion)
+	l.compression = kind
+	return l, err
+}
+
+// newLayoutWith has refcounts for some clusters more than the disk needs.
+func newLayoutWith(size, cluster, more int64) (layout, error) {
 	if cluster < 1<<minClusterBits || cluster > 1<<maxClusterBits || cluster&(cluster-1) != 0 {
 		return layout{}, fmt.Errorf("a cluster size of %d bytes is not a power of two from 512 to 2 MiB", cluster)
 	}
@@ -38,7 +53,7 @@ func newLayout(size, cluster int64) (layout, error) {
 	l1Len := up(l.l1Count*8, cluster)
 	// The most clusters that the file can have, refcounts and all; a little
 	// more does no harm, and ends the search for a table that counts itself.
-	most := 1 + l1Len + guest + l.l1Count
+	most := 1 + l1Len + guest + l.l1Count + more
 	most += most/l.perBlock + 1
 	for l.refsLen = 1; ; {
 		need := up(up(most+l.refsLen+l.refsLen*cluster/8, l.perBlock)*8, cluster)
@@ -73,9 +88,20 @@ func (l layout) block(k int64) int64 {
 // isRefs reports whether a cluster behind the tables is a refcount block.
 func (l layout) isRefs(c int64) bool { return c%l.perBlock == 0 && c >= l.blocks*l.perBlock }
 
+// nextRefs is the first cluster from c on that is a refcount block behind the
+// tables.
+func (l layout) nextRefs(c int64) int64 { return max(up(c, l.perBlock), l.blocks) * l.perBlock }
+
+// capacity is how many clusters the refcount table can count.
+func (l layout) capacity() int64 { return l.refsLen << l.bits / 8 * l.perBlock }
+
 // header is the first cluster.
 func (l layout) header(backing, format string) []byte {
-	b := make([]byte, v3Length, 1<<l.bits)
+	length := v3Length
+	if l.compression != compressZlib {
+		length += 8
+	}
+	b := make([]byte, length, 1<<l.bits)
 	copy(b, magic)
 	be := binary.BigEndian
 	be.PutUint32(b[4:], 3)
@@ -86,7 +112,11 @@ func (l layout) header(backing, format string) []byte {
 	be.PutUint64(b[48:], uint64(l.refs)<<l.bits)
 	be.PutUint32(b[56:], uint32(l.refsLen))
 	be.PutUint32(b[96:], 4) // refcounts of 1<<4 bits
-	be.PutUint32(b[100:], v3Length)
+	be.PutUint32(b[100:], uint32(length))
+	if l.compression != compressZlib {
+		be.PutUint64(b[72:], bitCompression)
+		b[104] = l.compression
+	}
 	if backing != "" {
 		b = be.AppendUint32(b, extBackingFormat)
 		b = be.AppendUint32(b, uint32(len(format)))
@@ -110,7 +140,7 @@ func (l layout) writeEmpty(f file, backing, format string) error {
 		_, err = f.WriteAt(l.header(backing, format), 0)
 	}
 	if err == nil {
-		err = l.writeRefs(f, 0, l.first)
+		err = l.writeRefs(f, 0, l.first, ones)
 	}
 	if err == nil {
 		err = f.Sync()
@@ -118,17 +148,23 @@ func (l layout) writeEmpty(f file, backing, format string) error {
 	return err
 }
 
+// ones are the refcounts of clusters that are all in use once.
+func ones(b []byte, _ int64) {
+	for ; len(b) > 0; b = b[2:] {
+		binary.BigEndian.PutUint16(b, 1)
+	}
+}
+
 // writeRefs counts the clusters from old to end, those before old being
 // counted already: it writes the blocks that change, then, for new ones, their
-// entries in the table.
-func (l layout) writeRefs(f file, old, end int64) error {
+// entries in the table. counts gives the refcounts from a cluster on, 16 bits
+// each.
+func (l layout) writeRefs(f file, old, end int64, counts func(b []byte, first int64)) error {
 	buf := make([]byte, 1<<l.bits)
 	var entry [8]byte
 	for k := old / l.perBlock; k*l.perBlock < end; k++ {
 		clear(buf)
-		for i := range min(l.perBlock, end-k*l.perBlock) {
-			binary.BigEndian.PutUint16(buf[i*2:], 1)
-		}
+		counts(buf[:min(l.perBlock, end-k*l.perBlock)*2], k*l.perBlock)
 		at := l.block(k) << l.bits
 		if _, err := f.WriteAt(buf, at); err != nil {
 			return err

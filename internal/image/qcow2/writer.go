@@ -314,7 +314,7 @@ func (w *Writer) writeTables() error {
 	w.mu.Unlock()
 
 	if next > w.refs {
-		if err := w.lay.writeRefs(w.f, w.refs, next); err != nil {
+		if err := w.lay.writeRefs(w.f, w.refs, next, ones); err != nil {
 			return err
 		}
 		w.refs = next
