@@ -81,6 +81,7 @@ type plan struct {
 	name       string // in the header
 	locators   []locator
 	usual      bool // as other readers want it: the usual places, a BAT of just the disk, bitmaps that mean something
+	tight      bool // no gaps
 	groups     bool // bitmaps of whole bytes
 	full       int  // in percent, the blocks that are there
 	cut        bool // the last block ends with the disk, if it is the file's last
@@ -153,7 +154,9 @@ func build(rnd *rand.Rand, p plan) *built {
 
 // addBlock appends block i with random content, here and there.
 func (x *built) addBlock(rnd *rand.Rand, p plan, i int64) {
-	x.b = append(x.b, make([]byte, 512*rnd.Int64N(9))...)
+	if !p.tight {
+		x.b = append(x.b, make([]byte, 512*rnd.Int64N(9))...)
+	}
 	at := int64(len(x.b))
 	binary.BigEndian.PutUint32(x.b[x.table+i*4:], uint32(at/512))
 	lead := (p.block/4096 + 511) / 512 * 512
