@@ -76,6 +76,7 @@ func (r Report) note(format string, args ...any) {
 type Node struct {
 	o          Options
 	passphrase []byte
+	key        []byte // of the repository, from the process that started this one
 	repo       *repo.Repo
 	state      *state.Dir
 }
@@ -139,7 +140,7 @@ func (n *Node) options() (repo.Options, error) {
 	if err != nil {
 		return repo.Options{}, err
 	}
-	return repo.Options{Cache: filepath.Join(d.Path(), "cache"), Compression: n.o.Compression}, nil
+	return repo.Options{Cache: filepath.Join(d.Path(), "cache"), Compression: n.o.Compression, Key: n.key}, nil
 }
 
 // Repo is the repository, opened when first needed.

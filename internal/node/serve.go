@@ -29,6 +29,13 @@ import (
 // connect.
 const serveStart = 2 * time.Minute
 
+// secret is what a serving process reads from its stdin. The key saves the time
+// of deriving it from the passphrase once more.
+type secret struct {
+	Passphrase []byte `json:"passphrase"`
+	Key        []byte `json:"key,omitempty"`
+}
+
 // said is the one line that a serving process says on its stdout.
 type said struct {
 	Ready *publish.Ready `json:"ready,omitempty"`
@@ -37,7 +44,7 @@ type said struct {
 
 // startServing starts the process that serves a session and returns when
 // clients can connect: recovery.Deps.Serve. The process outlives this one; it
-// reads the passphrase from its stdin and writes its log into the session's
+// reads the secret from its stdin and writes its log into the session's
 // directory.
 func (n *Node) startServing(ctx context.Context, session string) (publish.Ready, error) {
 	s, err := n.state.Session(session)
@@ -45,6 +52,14 @@ func (n *Node) startServing(ctx context.Context, session string) (publish.Ready,
 		return publish.Ready{}, err
 	}
 	if err := n.ask(ctx, false); err != nil {
+		return publish.Ready{}, err
+	}
+	keys := secret{Passphrase: n.passphrase}
+	if n.repo != nil {
+		keys.Key = n.repo.Key()
+	}
+	input, err := json.Marshal(keys)
+	if err != nil {
 		return publish.Ready{}, err
 	}
 	log, err := os.OpenFile(s.Path("log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
@@ -60,7 +75,7 @@ func (n *Node) startServing(ctx context.Context, session string) (publish.Ready,
 	cmd.SysProcAttr = detached()
 	cmd.Dir = n.state.Path()
 	cmd.Env = append(withoutSecrets(os.Environ()), state.Env+"="+n.state.Path())
-	cmd.Stdin = bytes.NewReader(n.passphrase)
+	cmd.Stdin = bytes.NewReader(input)
 	cmd.Stderr = log
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -91,7 +106,7 @@ func (n *Node) startServing(ctx context.Context, session string) (publish.Ready,
 	}
 }
 
-// Serve is the serving process: it reads the passphrase from in, says on out
+// Serve is the serving process: it reads a secret from in, says on out
 // when clients can connect, or why they cannot, and serves until ctx is done.
 func (n *Node) Serve(ctx context.Context, session string, in io.Reader, out io.WriteCloser, log *slog.Logger) error {
 	log = log.With("session", session, "pid", os.Getpid())
@@ -108,11 +123,11 @@ func (n *Node) Serve(ctx context.Context, session string, in io.Reader, out io.W
 }
 
 func (n *Node) serve(ctx context.Context, session string, in io.Reader, out io.WriteCloser, log *slog.Logger) error {
-	passphrase, err := io.ReadAll(io.LimitReader(in, 64<<10))
-	if err != nil {
+	var keys secret
+	if err := json.NewDecoder(io.LimitReader(in, 1<<20)).Decode(&keys); err != nil {
 		return fmt.Errorf("read the passphrase: %w", err)
 	}
-	n.passphrase = passphrase
+	n.passphrase, n.key = keys.Passphrase, keys.Key
 	st, err := n.State()
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"errors"
 	"math/rand/v2"
 	"slices"
@@ -228,4 +229,28 @@ func TestMissing(t *testing.T) {
 		t.Fatal(err)
 	}
 	equal(t, r, p, content)
+}
+
+// TestKey: a key opens in a passphrase's stead, and only its own repository.
+func TestKey(t *testing.T) {
+	store, other := new(blob.Mem), new(blob.Mem)
+	key, strange := create(t, store).Key(), create(t, other).Key()
+	for _, c := range []struct {
+		what      string
+		pass, key []byte
+		want      error
+	}{
+		{"key alone", nil, key, nil},
+		{"another's key", nil, strange, ErrPassphrase},
+		{"another's key and the passphrase", secret, strange, nil},
+		{"half a key", nil, key[:16], ErrPassphrase},
+	} {
+		r, err := Open(ctx, store, c.pass, Options{Cache: t.TempDir(), Key: c.key})
+		if !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, want %v", c.what, err, c.want)
+		}
+		if err == nil && !bytes.Equal(r.Key(), key) {
+			t.Errorf("%s: it has another key now", c.what)
+		}
+	}
 }

@@ -150,7 +150,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if o.Compression == Small {
 		r.compressor = codec.Small
 	}
-	if r.ring, err = unlock(ctx, s, id, passphrase); err != nil {
+	if r.root, r.ring, err = unlock(ctx, s, id, passphrase, o.Key); err != nil {
 		return nil, err
 	}
 	r.sign = ed25519.NewKeyFromSeed(r.ring.Sign)
@@ -194,9 +194,24 @@ func parseConfig(p []byte) (c config, id [16]byte, err error) {
 	return c, raw.Header.Repo, raw.Verify(raw.Header.Repo, ed25519.PublicKey(c.VerifyKey))
 }
 
-// unlock finds the slot that the passphrase opens, and with its root key the
-// newest keyring.
-func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase []byte) (*seal.Ring, error) {
+// unlock finds the root key, which may be given, or else is in the slot that the
+// passphrase opens, and with it the newest keyring.
+func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte) (*seal.Key, *seal.Ring, error) {
+	if len(key) == len(seal.Key{}) {
+		root := (*seal.Key)(key)
+		if ring, err := newestRing(ctx, s, id, root); err == nil {
+			return root, ring, nil
+		}
+	}
+	root, err := findRoot(ctx, s, id, passphrase)
+	if err != nil {
+		return nil, nil, err
+	}
+	ring, err := newestRing(ctx, s, id, root)
+	return root, ring, err
+}
+
+func findRoot(ctx context.Context, s blob.Store, id [16]byte, passphrase []byte) (*seal.Key, error) {
 	names, err := listNames(ctx, s, "keys/")
 	if err != nil {
 		return nil, err
@@ -207,7 +222,7 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase []byte) (
 		root, err := openSlot(ctx, s, name, id, passphrase)
 		switch {
 		case err == nil:
-			return newestRing(ctx, s, id, root)
+			return root, nil
 		case errors.Is(err, ErrPassphrase):
 			slots++
 		case errors.Is(err, seal.ErrForeign):
