@@ -225,6 +225,10 @@ func (im *Image) bitmapEntry(ctx context.Context, b Bitmap, i int64) (host int64
 	if err != nil {
 		return 0, false, err
 	}
+	return im.parseBitmapEntry(p)
+}
+
+func (im *Image) parseBitmapEntry(p []byte) (host int64, ones bool, err error) {
 	e := binary.BigEndian.Uint64(p)
 	host = int64(e & offsetMask)
 	if e&^(offsetMask|bitmapOnes) != 0 || host%im.cluster != 0 || host != 0 && e&bitmapOnes != 0 {

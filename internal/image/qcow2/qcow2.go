@@ -109,6 +109,7 @@ type Image struct {
 	*files
 	h    *header
 	info image.Info
+	of   *Image // the image that it is a snapshot in, or nil
 }
 
 // files are what an image shares with its snapshots. The caches are by places

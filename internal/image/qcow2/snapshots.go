@@ -104,7 +104,7 @@ func (im *Image) OpenSnapshot(ctx context.Context, which string) (*Image, error)
 		return nil, bad("snapshot %q: the L1 table has %d entries, the disk needs %d", which, h.l1Len, need)
 	}
 	h.places = append([]place{{"the snapshot's L1 table", h.l1Off, h.l1Len * 8}}, h.places...)
-	sn := &Image{files: im.files, h: &h}
+	sn := &Image{files: im.files, h: &h, of: im}
 	if err := sn.describe(ctx); err != nil {
 		return nil, err
 	}
