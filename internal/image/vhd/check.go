@@ -47,40 +47,55 @@ func (im *Image) Check(ctx context.Context, report func(problem string)) error {
 	return im.checkBlocks(ctx, say)
 }
 
-// checkBlocks looks at what Open has no need to look at.
+// checkBlocks looks at what Open has no need to look at. A problem that many
+// blocks have is one line.
 func (im *Image) checkBlocks(ctx context.Context, say func(string, ...any)) error {
-	count := int64(0)
+	var count int64
+	var empty, behind many
 	bitmap := make([]byte, im.block()/sector/8)
 	err := im.eachEntry(ctx, 0, im.blocks(), func(i int64, s uint32) error {
 		count++
-		at := int64(s) * sector
-		if table := int64(im.h.tableOffset); at < table+int64(im.h.entries)*4 && table < at+im.length(i) {
-			say("BAT entry %d: its block at offset %d overlaps BAT entries behind the disk's end", i, at)
-		}
 		if im.f.kind == kindDifferencing {
 			return nil
 		}
+		at := int64(s) * sector
 		if err := im.file.ReadAt(ctx, bitmap, at); err != nil {
 			return fmt.Errorf("read the bitmap of block %d at offset %d: %w", i, at, err)
 		}
 		if disk.IsZero(bitmap) {
-			say("bitmap of block %d at offset %d: it says that the block holds nothing; other programs may take it for zeros", i, at)
+			empty.add(i, at)
 		}
 		return nil
 	})
+	if err == nil {
+		err = im.eachEntry(ctx, im.blocks(), int64(im.h.entries), func(i int64, s uint32) error {
+			behind.add(i, int64(s)*sector)
+			return nil
+		})
+	}
 	if err != nil {
 		return err
 	}
-	err = im.eachEntry(ctx, im.blocks(), int64(im.h.entries), func(i int64, s uint32) error {
-		say("BAT entry %d: it names a block at offset %d, behind the disk's end", i, int64(s)*sector)
-		return nil
-	})
-	if err != nil {
-		return err
+	if empty.n > 0 {
+		say("bitmaps: those of %d blocks, first of block %d at offset %d, say that nothing is in them; other programs may take the blocks for zeros",
+			empty.n, empty.first, empty.at)
+	}
+	if behind.n > 0 {
+		say("BAT: %d entries behind the disk's end, first entry %d, name blocks, the first at offset %d", behind.n, behind.first, behind.at)
 	}
 	used := footerLen + headerLen + int64(im.h.entries)*4 + count*im.stride()
 	if left := im.end - used; left >= im.stride() {
 		say("file: about %d bytes of it belong to nothing", left)
 	}
 	return nil
+}
+
+// many counts blocks and keeps the first.
+type many struct{ n, first, at int64 }
+
+func (m *many) add(i, at int64) {
+	if m.n == 0 {
+		m.first, m.at = i, at
+	}
+	m.n++
 }

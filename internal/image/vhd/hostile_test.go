@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"path"
 	"slices"
 	"strings"
 	"testing"
@@ -174,6 +175,28 @@ func TestFileThatShrinks(t *testing.T) {
 	}
 }
 
+// TestReadErrors: whatever read of the file fails, it is told.
+func TestReadErrors(t *testing.T) {
+	for _, b := range [][]byte{small(kindDynamic).b, small(kindDifferencing).b, viewBytes(t, make([]byte, 1000), ViewOptions{Kind: Fixed})} {
+		count := disktest.NewFaulty(memOf(t, b), 0)
+		if _, err := walk(t.Context(), count); err != nil {
+			t.Fatal(err)
+		}
+		for n := range count.Calls() {
+			if _, err := walk(t.Context(), disktest.NewFaulty(memOf(t, b), n+1)); !errors.Is(err, disktest.ErrInjected) {
+				t.Errorf("read %d of %d fails: %v", n+1, count.Calls(), err)
+			}
+		}
+	}
+	faulty := disktest.NewFaulty(disk.NewMem(1<<20), 1)
+	if _, err := NewView(t.Context(), faulty, ViewOptions{}); !errors.Is(err, disktest.ErrInjected) {
+		t.Errorf("a view: %v", err)
+	}
+	if _, err := match(t.Context(), disktest.NewFaulty(memOf(t, small(kindDynamic).b), 2)); !errors.Is(err, disktest.ErrInjected) {
+		t.Errorf("match: %v", err)
+	}
+}
+
 // TestOverlaps: the search for overlaps in bounded memory finds what comparing
 // each block with each other one does, also where one piece of the search
 // ends and the next begins.
@@ -329,7 +352,7 @@ func TestCheckFinds(t *testing.T) {
 		"copy":    {kindDynamic, func(x *built) { x.b[70]++ }, "the copy at offset 0 is damaged"},
 		"copies":  {kindDynamic, func(x *built) { x.foot()[70]++; x.seal() }, "differs"},
 		"id":      {kindDynamic, func(x *built) { x.foot()[68], x.b[68] = 0, 0; x.seal() }, "unique id is zero"},
-		"bitmap":  {kindDynamic, func(x *built) { clear(x.b[x.at(2)*512:][:512]) }, "bitmap of block 2"},
+		"bitmap":  {kindDynamic, func(x *built) { clear(x.b[x.at(2)*512:][:512]) }, "first of block 2"},
 		"behind":  {kindDynamic, func(x *built) { x.foot64(48, 57<<10); copy(x.b, x.foot()) }, "behind the disk's end"},
 		"leak":    {kindDynamic, func(x *built) { x.set(2, none) }, "belong to nothing"},
 		"no name": {kindDifferencing, func(x *built) { clear(x.b[x.header+64:][:704]); x.seal() }, "does not name the parent"},
@@ -365,7 +388,11 @@ func FuzzImage(f *testing.F) {
 		tiny := build(rand.New(rand.NewPCG(3, 3)), plan{kind: kindDifferencing, size: 9 << 10, block: 4 << 10, parent: [16]byte{2}, full: 50, cut: true, name: `C:\x`})
 		f.Add(tiny.b, fix)
 		f.Add(viewBytes(f, make([]byte, 1000), ViewOptions{Kind: Fixed}), fix)
-		f.Add(viewBytes(f, make([]byte, 3<<20), ViewOptions{}), fix)
+		v, err := NewView(f.Context(), disk.NewMem(3<<20), ViewOptions{}) // has no block
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(bytesOf(f, v), fix)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
 		if fix {
@@ -378,15 +405,39 @@ func FuzzImage(f *testing.F) {
 		if err != nil && !errors.Is(err, image.ErrFormat) && !errors.Is(err, image.ErrUnsupported) {
 			t.Fatal(err)
 		}
-		if err != nil || im.Info().Parent == nil {
-			return
-		}
-		for i, name := range im.Info().Parent.Names {
-			if name == "" || strings.ContainsAny(name, "\\\x00") || strings.HasPrefix(name, "/") || len(name) > maxName*3 {
-				t.Errorf("name %d: %q", i, name)
-			}
+		if err == nil && im.Info().Parent != nil {
+			checkNames(t, im.Info().Parent.Names)
 		}
 	})
+}
+
+// FuzzNames decodes locators and names of any bytes.
+func FuzzNames(f *testing.F) {
+	f.Add("W2ru", locator{"W2ru", `..\a b\Zoë.vhd`}.data(), []byte("\x00C\x00:\x00\\\x00x"))
+	f.Add("W2ku", locator{"W2ku", `\\?\C:\x.vhd`}.data(), []byte{0xd8, 0})
+	f.Add("MacX", []byte("file://./a%20b.vhd\x00"), []byte{0, '/', 0})
+	f.Add("Wi2r", []byte(`C:..\x`), []byte{0, ':', 0, '.'})
+	f.Fuzz(func(t *testing.T, code string, data, name []byte) {
+		h := &header{parentName: name, locators: make([]byte, 8*24)}
+		copy(h.locators[:4], code)
+		binary.BigEndian.PutUint32(h.locators[8:], uint32(len(data)))
+		im := &Image{file: memOf(t, data), end: int64(len(data)), h: h}
+		if err := im.readNames(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		checkNames(t, im.names)
+	})
+}
+
+// checkNames: all are relative paths with slashes, none twice.
+func checkNames(t *testing.T, names []string) {
+	t.Helper()
+	for i, name := range names {
+		if name == "" || strings.ContainsAny(name, "\\\x00") || strings.HasPrefix(name, "/") || slices.Contains(names[:i], name) ||
+			path.Clean(name) != name || path.Base(name) == ".." {
+			t.Errorf("name %d of %q", i, names)
+		}
+	}
 }
 
 // repair makes the checksums of footer, copy and header right.
