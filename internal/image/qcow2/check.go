@@ -51,8 +51,9 @@ var useNames = [...]string{"nothing", "the header", "an L1 table", "an L2 table"
 
 // Check reads all tables: of the disk, its snapshots and its bitmaps. It counts
 // what uses each cluster of the file and compares that with the refcounts. A
-// report that begins with "leak:" is of space that is wasted and does no harm;
-// every other one means that data may be lost, now or with the next write.
+// report that begins with "leak:" is of space that is counted and not used,
+// which alone does no harm; every other one means that data may be lost, now or
+// with the next write. What a damaged table may have named is among the leaks.
 // Refcounts that the image itself says are stale are not compared. Of many
 // like reports the first 100 are given, then their number.
 //
@@ -201,10 +202,11 @@ func (c *checker) readL1(t l1Table) error {
 	return c.each(t.off, t.count*8, 8, func(b []byte, i int64) error {
 		e := binary.BigEndian.Uint64(b)
 		l2 := int64(e & offsetMask)
-		if e&^flagCopied == 0 {
+		if e == 0 {
 			return nil
 		}
-		if e&^(offsetMask|flagCopied) != 0 || l2%im.cluster != 0 {
+		// A reader takes the flag without an offset for nothing, too.
+		if e&^(offsetMask|flagCopied) != 0 || l2%im.cluster != 0 || l2 == 0 {
 			c.problem("L1", "%s entry %d is %#x", t.what, i, e)
 			return nil
 		}
@@ -418,6 +420,9 @@ func (c *checker) countBitmaps() error {
 			return c.bad("bitmaps", bad("the tables of %d bitmaps take more bytes than the file has: they overlap", len(list)))
 		}
 		c.add(useBitmaps, b.table, b.tableSize*8, 1)
+		if err := im.usable(b); err != nil && !b.InUse && c.pass == 0 {
+			c.problem("bitmaps", "bitmap %.100q: %v", b.Name, err)
+		}
 		err := c.each(b.table, b.tableSize*8, 8, func(p []byte, i int64) error {
 			host, _, err := im.parseBitmapEntry(p)
 			if err == nil && host != 0 {
