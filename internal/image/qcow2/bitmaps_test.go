@@ -38,14 +38,10 @@ func openImage(t testing.TB, dir, name string) *Image {
 	return im
 }
 
-// openBytes opens an image in memory.
-func openBytes(t testing.TB, b []byte) (*Image, error) {
+// openDamaged opens an image in memory.
+func openDamaged(t testing.TB, b []byte) (*Image, error) {
 	t.Helper()
-	m := disk.NewMem(int64(len(b)))
-	if err := m.WriteAt(t.Context(), b, 0); err != nil {
-		t.Fatal(err)
-	}
-	return OpenDamaged(t.Context(), fileOf(m), nil)
+	return OpenDamaged(t.Context(), fileOf(memOf(t, b)), noData)
 }
 
 // nbdDirty is a bitmap as qemu-nbd tells it.
@@ -157,7 +153,7 @@ func TestBitmapsThatAreNotTrusted(t *testing.T) {
 		t.Fatal(err)
 	}
 	b[95] &^= bitBitmaps
-	im, err = openBytes(t, b)
+	im, err = openDamaged(t, b)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,7 +233,7 @@ func TestHostileBitmaps(t *testing.T) {
 			s := newSmall(t)
 			dir, table, _ = s.withBitmap(5)
 			c.do(s)
-			im, err := openBytes(t, s.b)
+			im, err := openDamaged(t, s.b)
 			if err != nil {
 				t.Fatal(err) // the disk is readable, whatever its bitmaps are
 			}
@@ -327,7 +323,7 @@ func FuzzBitmaps(f *testing.F) {
 		s.put32(112, n)
 		s.put64(120, size)
 		s.put64(128, uint64(base))
-		im, err := openBytes(t, s.b)
+		im, err := openDamaged(t, s.b)
 		if err != nil {
 			t.Fatal(err) // bitmaps never keep an image from being read
 		}

@@ -272,7 +272,7 @@ func TestCheckFinds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newSmall(t)
 			c.do(s)
-			im, err := openBytes(t, s.b)
+			im, err := openDamaged(t, s.b)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -335,7 +335,7 @@ func FuzzCheck(f *testing.F) {
 		if len(b) > 1<<20 {
 			return
 		}
-		im, err := openBytes(t, b)
+		im, err := openDamaged(t, b)
 		if err != nil {
 			return
 		}

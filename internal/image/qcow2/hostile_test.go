@@ -58,15 +58,18 @@ func newImage(t testing.TB, size, n, cluster int64) *small {
 func (s *small) put32(at int64, v uint32) { binary.BigEndian.PutUint32(s.b[at:], v) }
 func (s *small) put64(at int64, v uint64) { binary.BigEndian.PutUint64(s.b[at:], v) }
 
+// noData gives any data file as an empty one of 1 MiB.
+func noData(_ context.Context, _, name string) (image.File, error) {
+	return image.File{Name: "data", Disk: disk.NewMem(1 << 20)}, nil
+}
+
 // walk opens an image and reads all that it will give, and the snapshots.
 func walk(ctx context.Context, b []byte) error {
 	m := disk.NewMem(int64(len(b)))
 	if err := m.WriteAt(ctx, b, 0); err != nil {
 		return err
 	}
-	im, err := Open(ctx, fileOf(m), func(_ context.Context, _, name string) (image.File, error) {
-		return image.File{Name: "data", Disk: disk.NewMem(1 << 20)}, nil
-	})
+	im, err := Open(ctx, fileOf(m), noData)
 	if err != nil {
 		return err
 	}

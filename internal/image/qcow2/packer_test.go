@@ -222,7 +222,7 @@ func TestPackerLosesPower(t *testing.T) {
 		}
 		b := p.after(n, rnd)
 		checkPacked(t, b, lay)
-		im, err := openBytes(t, b)
+		im, err := openDamaged(t, b)
 		if err != nil {
 			t.Fatalf("after %d operations: %v", n, err)
 		}

@@ -208,7 +208,7 @@ func TestHostileSnapshots(t *testing.T) {
 			s := newSmall(t)
 			at = s.withSnapshot()
 			c.do(s)
-			im, err := openBytes(t, s.b)
+			im, err := openDamaged(t, s.b)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -252,7 +252,7 @@ func FuzzSnapshots(f *testing.F) {
 		c.put32(60, n)
 		copy(c.b[at:], entry)
 		copy(c.b[at+64<<10:], l1)
-		im, err := openBytes(t, c.b)
+		im, err := openDamaged(t, c.b)
 		if err != nil {
 			return
 		}
