@@ -101,3 +101,56 @@ func BenchmarkReadCompressed(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkWriteCompressed compares an export with that of qemu-img.
+func BenchmarkWriteCompressed(b *testing.B) {
+	need(b, "qemu-img", "tar")
+	dir := b.TempDir()
+	raw := mixed(b, dir)
+	for kind, name := range map[Compression]string{Zstd: "zstd", Zlib: "zlib"} {
+		b.Run(name, func(b *testing.B) {
+			path, other := filepath.Join(dir, "ours"), filepath.Join(dir, "theirs")
+			var ours, theirs cost
+			for b.Loop() {
+				os.Remove(path)
+				os.Remove(other)
+				theirs.least(costOf(b, "qemu-img", "convert", "-c", "-W", "-t", "unsafe", "-f", "raw", "-O", "qcow2", "-o", "compression_type="+name, raw, other))
+				ours.least(pack(b, raw, path, kind))
+			}
+			b.Logf("least of %d: ours %v, qemu-img %v", b.N, ours, theirs)
+			b.ReportMetric(ours.wall.Seconds()/theirs.wall.Seconds(), "wall/qemu")
+			b.ReportMetric(ours.cpu.Seconds()/theirs.cpu.Seconds(), "cpu/qemu")
+			b.ReportMetric(length(b, path)/length(b, other), "size/qemu")
+		})
+	}
+}
+
+func pack(b *testing.B, from, to string, kind Compression) cost {
+	b.Helper()
+	c0, start := cpu(), time.Now()
+	src, err := disk.OpenFile(from, disk.FileOptions{ReadOnly: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer src.Close()
+	w, err := CreateCompressed(to, src.Size(), PackOptions{Compression: kind})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := mover.Copy(b.Context(), w, src, src.Extents(b.Context(), 0, src.Size()), mover.Options{Align: w.ClusterSize()}); err != nil {
+		b.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		b.Fatal(err)
+	}
+	return cost{time.Since(start), cpu() - c0}
+}
+
+func length(b *testing.B, path string) float64 {
+	b.Helper()
+	info, err := os.Stat(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return float64(info.Size())
+}

@@ -182,7 +182,7 @@ func metadata(t testing.TB, path string) []int64 {
 // wanted: it lets pass what makes reads fail.
 func TestCheckOfDamagedImages(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	rounds := 12
+	rounds := 8
 	if testing.Short() {
 		rounds = 3
 	}

@@ -127,7 +127,7 @@ func (w *Packer) WriteAt(ctx context.Context, p []byte, off int64) error {
 			return err
 		}
 		part := min(n, step)
-		if err := w.write(p[:part], off); err != nil {
+		if err := w.write(ctx, p[:part], off); err != nil {
 			return err
 		}
 		p, off, n = p[part:], off+part, n-part
@@ -174,7 +174,7 @@ type packed struct {
 }
 
 // write compresses and writes up to packStep bytes of clusters.
-func (w *Packer) write(p []byte, off int64) error {
+func (w *Packer) write(ctx context.Context, p []byte, off int64) error {
 	cluster := w.ClusterSize()
 	buf := w.buffer()
 	defer w.buffers.Put(buf)
@@ -183,7 +183,10 @@ func (w *Packer) write(p []byte, off int64) error {
 	for at := int64(0); at < int64(len(p)); at += cluster {
 		c := p[at:min(int64(len(p)), at+cluster)]
 		if disk.IsZero(c) {
-			continue // it reads as zeros already, if it was not written before
+			if err := w.ZeroAt(ctx, off+at, int64(len(c))); err != nil {
+				return err
+			}
+			continue
 		}
 		if int64(len(c)) < cluster {
 			c = append(make([]byte, 0, cluster), c...)[:cluster]

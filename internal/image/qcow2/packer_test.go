@@ -144,6 +144,9 @@ func TestPackerRefuses(t *testing.T) {
 	if err := w.ZeroAt(t.Context(), size-1, 1); !errors.Is(err, errTwice) {
 		t.Errorf("zero what was written: %v", err)
 	}
+	if err := w.WriteAt(t.Context(), make([]byte, 44<<10+100), 256<<10); !errors.Is(err, errTwice) {
+		t.Errorf("write zeros over what was written: %v", err)
+	}
 	if err := w.WriteAt(t.Context(), p[:44<<10+100], 256<<10); !errors.Is(err, errTwice) {
 		t.Errorf("write again: %v", err)
 	}

@@ -49,8 +49,11 @@ func openSnapshot(t testing.TB, im *Image, which string) *Image {
 
 func TestReadsSnapshots(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	const size = 8<<20 + 512
-	for _, o := range []string{"compat=1.1", "compat=0.10", "extended_l2=on", "cluster_size=512", "cluster_size=2097152", "compression_type=zstd"} {
+	const size = 4<<20 + 512
+	for i, o := range []string{"compat=1.1", "compat=0.10", "extended_l2=on", "compression_type=zstd", "cluster_size=512", "cluster_size=2097152"} {
+		if testing.Short() && i > 2 {
+			continue
+		}
 		t.Run(o, func(t *testing.T) {
 			rnd, dir := disktest.Rand(t), t.TempDir()
 			path := filepath.Join(dir, "a.qcow2")
@@ -77,8 +80,11 @@ func TestReadsSnapshots(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				compare(t, layerDisk{openSnapshot(t, im, name)}, model, rnd)
-				compare(t, layerDisk{openSnapshot(t, im, fmt.Sprint(i+1))}, model, rnd)
+				which := name
+				if i == 0 {
+					which = "1"
+				}
+				compare(t, layerDisk{openSnapshot(t, im, which)}, model, rnd)
 			}
 			compare(t, layerDisk{im}, rawOf(t, path, "qcow2"), rnd)
 			if _, err := im.OpenSnapshot(t.Context(), "third"); !errors.Is(err, fs.ErrNotExist) {
