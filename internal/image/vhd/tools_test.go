@@ -204,7 +204,10 @@ func TestReadsWhatQemuMakes(t *testing.T) {
 // TestBeyond1TiB: sector numbers above 2³¹, in a sparse file with a block at
 // its far end.
 func TestBeyond1TiB(t *testing.T) {
-	need(t, "qemu-io")
+	need(t, "qemu-io", "qemu-img")
+	if testing.Short() {
+		t.Skip("SKIPPED: short")
+	}
 	d := disk.NewMem(MaxSize)
 	data := bytes.Repeat([]byte{7}, 4<<20)
 	offs := []int64{0, 1 << 40, 1<<40 + 100<<30, MaxSize - int64(len(data))}

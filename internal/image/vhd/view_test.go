@@ -86,8 +86,8 @@ func bytesOf(t testing.TB, d disk.Reader) []byte {
 // the disk.
 func TestViews(t *testing.T) {
 	rnd := disktest.Rand(t)
-	for i := range 12 {
-		d := sparse(t, rnd, 1+rnd.Int64N(12<<20))
+	for i := range 9 {
+		d := sparse(t, rnd, 1+rnd.Int64N(8<<20))
 		if i == 0 {
 			d = disk.NewMem(1)
 		}
@@ -101,7 +101,7 @@ func TestViews(t *testing.T) {
 		if err := v.ReadAt(t.Context(), b, 0); err != nil {
 			t.Fatal(err)
 		}
-		if o.Kind != Allocated || v.Size() < 5<<20 {
+		if o.Kind != Allocated || v.Size() < 3<<20 {
 			disktest.Reader(t, v, b)
 		}
 		again := viewBytes(t, bytesOf(t, d)[:d.Size()], o)
