@@ -126,8 +126,8 @@ func (im *Image) newHosted(ctx context.Context, f disk.Reader, h *hosted, index 
 			return nil, nil, err
 		}
 		if footer == nil {
-			var s *stream
-			if footer, s, err = im.walk(ctx, f, h, index); err != nil {
+			s := newStream(f, h, maxPlaces)
+			if footer, err = s.walk(ctx, h); err != nil {
 				return nil, nil, err
 			}
 			if footer == nil {

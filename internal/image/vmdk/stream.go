@@ -46,6 +46,7 @@ type stream struct {
 	size     int64 // of the extent, bytes
 	grain    int64 // bytes
 	places   []place
+	most     int // of places
 	stride   int
 	inflater *inflater
 }
@@ -89,44 +90,50 @@ func (s *stream) next(ctx context.Context, at int64) (m marker, behind int64, er
 	return m, at + sector + int64(payload)*sector, nil
 }
 
-// walk reads all markers of a stream. It returns its footer if it meets one,
-// or else the map of what it met: only when nothing can be missing.
-func (im *Image) walk(ctx context.Context, f disk.Reader, h *hosted, index int) (*hosted, *stream, error) {
-	s := &stream{file: f, size: h.capacity, grain: h.grain, stride: 1, inflater: &inflater{}}
+func newStream(f disk.Reader, h *hosted, most int) *stream {
+	return &stream{file: f, size: h.capacity, grain: h.grain, most: most, stride: 1, inflater: &inflater{}}
+}
+
+// walk reads all markers, from where the header says on. It returns the footer
+// if it meets one; or else the stream can be read, and nothing is missing.
+func (s *stream) walk(ctx context.Context, h *hosted) (*hosted, error) {
 	count, last := 0, int64(-1)
+	var disorder error // of no account to a directory
 	for at := max(h.overhead, h.descOff+h.descLen, sector); ; {
 		if err := ctx.Err(); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		m, behind, err := s.next(ctx, at)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		number := int64(m.val) * sector / h.grain
 		switch {
-		case m.size > 0 && number <= last:
-			return nil, nil, bad("marker at offset %d: grain %d behind grain %d, in a stream without a directory", at, number, last)
-		case m.size > 0:
+		case m.size > 0 && number <= last && disorder == nil:
+			disorder = bad("marker at offset %d: grain %d behind grain %d, in a stream without a directory", at, number, last)
+		case m.size > 0 && disorder == nil:
 			if count%s.stride == 0 {
 				s.remember(place{number, at})
 			}
 			count, last = count+1, number
-		case m.kind == markFooter:
+		case m.size == 0 && m.kind == markFooter:
 			if behind != at+2*sector {
-				return nil, nil, bad("marker at offset %d: a footer of %d sectors", at, m.val)
+				return nil, bad("marker at offset %d: a footer of %d sectors", at, m.val)
+			}
+			if end, _, err := s.next(ctx, behind); err != nil || end != (marker{}) {
+				return nil, bad("no end-of-stream marker at offset %d, behind the footer: is the file truncated?", behind)
 			}
 			b := make([]byte, sector)
-			if err := f.ReadAt(ctx, b, at+sector); err != nil {
-				return nil, nil, fmt.Errorf("read footer: %w", err)
+			if err := s.file.ReadAt(ctx, b, at+sector); err != nil {
+				return nil, fmt.Errorf("read footer: %w", err)
 			}
-			footer, err := parseFooter(b, f.Size())
-			return footer, nil, err
-		case m.kind == markEnd && (behind != f.Size() || m.val != 0):
+			return parseFooter(b, s.file.Size())
+		case m.size == 0 && m.kind == markEnd && (behind != s.file.Size() || m.val != 0):
 			// Zeros are an end-of-stream marker too: those of a copy that was
 			// interrupted, for one.
-			return nil, nil, bad("the stream ends at offset %d of a file of %d bytes, and has no footer: is the file truncated?", at, f.Size())
-		case m.kind == markEnd:
-			return nil, s, nil
+			return nil, bad("the stream ends at offset %d of a file of %d bytes, and has no footer: is the file truncated?", at, s.file.Size())
+		case m.size == 0 && m.kind == markEnd:
+			return nil, disorder
 		}
 		at = behind
 	}
@@ -135,11 +142,11 @@ func (im *Image) walk(ctx context.Context, f disk.Reader, h *hosted, index int) 
 // remember adds a place; when there are too many, every other one is
 // forgotten.
 func (s *stream) remember(p place) {
-	if len(s.places) == maxPlaces {
-		for i := range maxPlaces / 2 {
+	if len(s.places) == s.most {
+		for i := range s.most / 2 {
 			s.places[i] = s.places[2*i]
 		}
-		s.places = s.places[:maxPlaces/2]
+		s.places = s.places[:s.most/2]
 		s.stride *= 2
 	}
 	s.places = append(s.places, p)

@@ -20,7 +20,7 @@
 // Tables are read in slices and kept in a cache of a few MiB per image,
 // whatever the number and size of its extents. A compressed stream whose
 // directory is missing is walked from marker to marker once, and then found
-// through at most 64 Ki places along it.
+// through at most 256 Ki places along it.
 //
 // Source of all format facts: VMware's "Virtual Disk Format 5.0" technical
 // note; for ESX's two snapshot formats, which it leaves out, what is publicly
