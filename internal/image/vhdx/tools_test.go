@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"holdfast/internal/disk"
 	"holdfast/internal/disk/disktest"
@@ -36,7 +37,9 @@ func need(t testing.TB, tools ...string) string {
 // run runs a command and returns its output.
 func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
@@ -155,6 +158,16 @@ func openMem(t testing.TB, d disk.Reader) *Image {
 		t.Fatal(err)
 	}
 	return im
+}
+
+// chainOf opens an image in memory that has no parent, as a disk.
+func chainOf(t testing.TB, d disk.Reader) *image.Chain {
+	t.Helper()
+	c, err := formats.Open(t.Context(), image.File{Name: "test.vhdx", Disk: d}, Name, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // problems is what Check reports.
