@@ -13,6 +13,7 @@ import (
 const (
 	maxSnapshots     = 65536
 	maxSnapshotExtra = 1024
+	maxSnapshotTable = 64 << 20 // bytes
 	// maxNamed is how many snapshots a warning names.
 	maxNamed = 8
 )
@@ -43,6 +44,9 @@ func (im *Image) list(ctx context.Context, n int64) ([]Snapshot, int64, error) {
 	at := im.h.snapsOff
 	for i := range n {
 		s, n, err := im.snapshot(ctx, at)
+		if err == nil && at+n-im.h.snapsOff > maxSnapshotTable {
+			err = bad("the table takes more than %d bytes", maxSnapshotTable)
+		}
 		if err != nil {
 			return list, at - im.h.snapsOff, fmt.Errorf("snapshot table, entry %d at offset %d: %w", i, at, err)
 		}

@@ -169,12 +169,14 @@ type counted struct {
 
 func (c counted) Close() error { *c.closed++; return c.Mem.Close() }
 
-// withSnapshot gives an image, whose clusters are 64 KiB, a snapshot of its
-// state (of which the refcounts know nothing), and returns where its entry is.
+// withSnapshot gives an image a snapshot of its state (of which the refcounts
+// know nothing), and returns where its entry is. The L1 table is in the next
+// cluster.
 func (s *small) withSnapshot() (entry int64) {
-	at := int64(len(s.b)+65535) &^ 65535
-	s.b = append(s.b, make([]byte, at+128<<10-int64(len(s.b)))...)
-	l1 := at + 64<<10
+	cluster := int64(1) << binary.BigEndian.Uint32(s.b[20:])
+	at := up(int64(len(s.b)), cluster) * cluster
+	s.b = append(s.b, make([]byte, at+2*cluster-int64(len(s.b)))...)
+	l1 := at + cluster
 	copy(s.b[l1:], s.b[s.l1:s.l1+8])
 	s.put32(60, 1)
 	s.put64(64, uint64(at))
@@ -183,7 +185,7 @@ func (s *small) withSnapshot() (entry int64) {
 	binary.BigEndian.PutUint16(s.b[at+12:], 1)
 	binary.BigEndian.PutUint16(s.b[at+14:], 4)
 	s.put32(at+36, 16)
-	s.put64(at+48, 8<<20)
+	copy(s.b[at+48:], s.b[24:32]) // the size
 	copy(s.b[at+56:], "1snap")
 	return at
 }
@@ -246,18 +248,20 @@ func TestSnapshotsOfOneName(t *testing.T) {
 }
 
 func FuzzSnapshots(f *testing.F) {
-	s := newSmall(f)
+	s := newImage(f, 32<<10, 2048, 512) // small, for speed
 	at := s.withSnapshot()
-	f.Add(uint32(1), bytes.Clone(s.b[at:at+64]), bytes.Clone(s.b[at+64<<10:at+64<<10+8]))
-	f.Add(uint32(1<<31), bytes.Clone(s.b[at:at+64]), []byte{})
+	entry, l1 := bytes.Clone(s.b[at:at+64]), bytes.Clone(s.b[at+512:at+512+8])
+	f.Add(uint32(1), entry, l1)
+	f.Add(uint32(2), append(bytes.Clone(entry), entry...), append(bytes.Clone(l1), l1...))
+	f.Add(uint32(1<<31), entry, []byte{})
 	f.Fuzz(func(t *testing.T, n uint32, entry, l1 []byte) {
-		if len(entry) > 64<<10 || len(l1) > 64<<10 {
+		if len(entry) > 512 || len(l1) > 512 {
 			return
 		}
 		c := small{b: bytes.Clone(s.b)}
 		c.put32(60, n)
 		copy(c.b[at:], entry)
-		copy(c.b[at+64<<10:], l1)
+		copy(c.b[at+512:], l1)
 		im, err := openDamaged(t, c.b)
 		if err != nil {
 			return
@@ -268,7 +272,7 @@ func FuzzSnapshots(f *testing.F) {
 			if err != nil {
 				continue
 			}
-			p := make([]byte, min(sn.Info().Size, 256<<10))
+			p := make([]byte, min(sn.Info().Size, 64<<10))
 			_ = sn.ReadAt(t.Context(), p, 0)
 			_ = sn.ReadAt(t.Context(), p, sn.Info().Size-int64(len(p)))
 		}
