@@ -402,8 +402,8 @@ func must(im *Image, err error) func(t *testing.T) *Image {
 // first, so that what is behind them is met.
 func FuzzImage(f *testing.F) {
 	for _, fix := range []bool{false, true} {
-		f.Add(small(kindDynamic).b, fix)
-		f.Add(small(kindDifferencing).b, fix)
+		f.Add(smallOf(kindDynamic, 5<<10).b, fix)
+		f.Add(smallOf(kindDifferencing, 5<<10).b, fix)
 		tiny := build(rand.New(rand.NewPCG(3, 3)), plan{kind: kindDifferencing, size: 9 << 10, block: 4 << 10, parent: [16]byte{2}, full: 50, cut: true, name: `C:\x`})
 		f.Add(tiny.b, fix)
 		f.Add(viewBytes(f, make([]byte, 1000), ViewOptions{Kind: Fixed}), fix)
