@@ -15,14 +15,14 @@ import (
 )
 
 // TestChains builds chains with all states of blocks, parents of other sizes
-// and block sizes, and sector bitmaps, and compares them with the model, with
-// 7-Zip and with libvhdi. (Bug classes 4 to 8, 17, 22.)
+// and block sizes, and sector bitmaps, and compares them with the model and
+// with 7-Zip. (Bug classes 4 to 8, 17, 22.)
 func TestChains(t *testing.T) {
 	rnd := disktest.Rand(t)
 	for i := range 6 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			dir, sector := t.TempDir(), []int64{512, 4096}[i%2]
-			anchored, same, forLibvhdi := i >= 4, i < 4, i == 2 || i == 3 // other readers know the plain cases
+			anchored, same := i >= 4, i < 4 // other readers know the plain cases
 			var parent *build
 			name, size := "", int64(0)
 			for level := range 3 {
@@ -31,7 +31,7 @@ func TestChains(t *testing.T) {
 				}
 				o := buildOptions{size: size, block: 1 << 20 << rnd.IntN(3), sector: sector, parent: parent, parentName: name}
 				b := newBuild(t, rnd, o)
-				b.coarse = forLibvhdi
+				b.coarse = i%3 == 0
 				for n := range b.g.blocks {
 					states := []uint64{blockNotPresent, blockNotPresent, blockZero, blockUnmapped, blockUndefined, blockPresent}
 					if !anchored {
@@ -57,19 +57,9 @@ func TestChains(t *testing.T) {
 			if anchored {
 				return
 			}
-			want, last := bytesOf(t, parent.model, size), filepath.Join(dir, name)
 			t.Run("7z", func(t *testing.T) {
-				if !bytes.Equal(sevenZip(t, last), want) {
+				if !bytes.Equal(sevenZip(t, filepath.Join(dir, name)), bytesOf(t, parent.model, size)) {
 					t.Error("it reads something else")
-				}
-			})
-			t.Run("libvhdi", func(t *testing.T) {
-				if !forLibvhdi {
-					t.Skip("libvhdi reads the file's beginning for blocks of zeros, and confuses sectors within a byte of a bitmap")
-				}
-				got, err := os.ReadFile(vhdimount(t, last))
-				if err != nil || !bytes.Equal(got, want) {
-					t.Errorf("it reads something else: %v", err)
 				}
 			})
 		})
@@ -95,14 +85,6 @@ func TestOverOneChunk(t *testing.T) {
 	for name, b := range map[string]*build{"base.vhdx": base, "child.avhdx": child} {
 		parts := []disk.Extent{{Off: 0, Len: 3 << 20}, {Off: 4<<30 - 6<<20, Len: 12 << 20}, {Off: 8<<30 - 3<<20, Len: 8 << 20}}
 		checkParts(t, openChain(t, dir, name), b.model, parts)
-		f, err := disk.OpenFile(vhdimount(t, filepath.Join(dir, name)), disk.FileOptions{ReadOnly: true})
-		if err != nil {
-			t.Fatal(err)
-		}
-		checkParts(t, f, b.model, parts)
-		if err := f.Close(); err != nil {
-			t.Fatal(err)
-		}
 	}
 }
 
