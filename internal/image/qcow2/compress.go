@@ -17,6 +17,9 @@ const (
 	// maxBatch is how much of the file is read at once for compressed clusters
 	// that lie near each other, in bytes; one alone may take more.
 	maxBatch = 1 << 20
+	// room behind a cluster lets the zstd decoder write a few bytes too many,
+	// and so copy in larger pieces: that saves a third of its time.
+	room = 64
 	// maxWindow is the largest zstd window: larger than any cluster is hostile.
 	maxWindow = 8 << 20
 )
@@ -89,7 +92,9 @@ func (im *Image) readCompressed(ctx context.Context, p []byte, off int64, m mapp
 		return 0, err
 	}
 	for i, e := range batch {
-		dst := p[int64(i)*im.cluster:][:im.cluster]
+		// What is behind a cluster in p is yet to be filled, and so is room.
+		dst := p[int64(i)*im.cluster:]
+		dst = dst[:im.cluster:min(len(dst), int(im.cluster)+room)]
 		if err := im.inflater.inflate(dst, src[e.off-all.off:e.end()-all.off]); err != nil {
 			return 0, fmt.Errorf("%d bytes at offset %d: %w", e.n, e.off, err)
 		}
@@ -109,7 +114,7 @@ func (x *files) loadCompressed(ctx context.Context, desc int64) ([]byte, error) 
 	if err := x.file.ReadAt(ctx, src, e.off); err != nil {
 		return nil, err
 	}
-	dst := make([]byte, x.cluster)
+	dst := make([]byte, x.cluster, x.cluster+room)
 	if err := x.inflater.inflate(dst, src); err != nil {
 		return nil, fmt.Errorf("%d bytes at offset %d: %w", e.n, e.off, err)
 	}
@@ -147,7 +152,8 @@ func (d *inflater) buffer(n int64) *[]byte {
 }
 
 // inflate fills dst from a cluster's compressed bytes, which may be followed
-// by anything: their exact length is not stored.
+// by anything: their exact length is not stored. It may write rubbish between
+// dst's length and capacity.
 func (d *inflater) inflate(dst, src []byte) error {
 	var n int
 	var err error
@@ -192,7 +198,10 @@ func (d *inflater) inflateZstd(dst, src []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	out, err := z.DecodeAll(src[:n], dst[:0:len(dst)])
+	out, err := z.DecodeAll(src[:n], dst[:0])
+	if len(out) > len(dst) {
+		return 0, fmt.Errorf("the frame holds %d bytes", len(out))
+	}
 	if len(out) > 0 && &out[0] != &dst[0] {
 		copy(dst, out)
 	}
