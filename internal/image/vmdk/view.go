@@ -59,7 +59,7 @@ type ViewOptions struct {
 // d. VMDK knows only whole sectors: the image's disk is d's size rounded up to
 // 512 bytes, and reads as zeros beyond d's end. A disk that is empty or larger
 // than MaxSparse is refused, and one whose file would be: with all grains about
-// half a GiB less fits. The view owns d; on an error the caller still does.
+// a quarter of a GiB less fits. The view owns d; on an error the caller still does.
 func NewView(ctx context.Context, d disk.Reader, o ViewOptions) (disk.Reader, error) {
 	v, err := newText(d.Size(), MaxSparse, o.ID, o.Name)
 	if err != nil {
