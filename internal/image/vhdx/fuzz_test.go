@@ -9,7 +9,7 @@ import (
 )
 
 // bases are the files that FuzzImage patches.
-func bases(f *testing.F) []*build {
+func bases(f testing.TB) []*build {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	base := newBuild(f, rnd, buildOptions{size: 2<<20 + 512, block: 1 << 20, sector: 512})
 	base.block(1, blockPresent, false)
@@ -30,8 +30,13 @@ func bases(f *testing.F) []*build {
 func FuzzImage(f *testing.F) {
 	list := bases(f)
 	var files []*disk.Mem
+	var places [][]int64
 	for _, b := range list {
+		b.put(headerOff2, make([]byte, headerLen)) // the patched copies are to count
+		b.put(regionOff2, make([]byte, regionLen))
 		files = append(files, b.file())
+		bitmap := int64(b.entryAt(b.g.bitmapIndex(0)) & offsetMask)
+		places = append(places, []int64{headerOff1, regionOff1, b.metadata, b.metadata + metadataTable, b.bat, b.log, bitmap})
 	}
 	for i := range list {
 		f.Add([]byte{byte(i)})
@@ -44,9 +49,8 @@ func FuzzImage(f *testing.F) {
 		if len(in) == 0 || len(in) > 4096 {
 			return
 		}
-		b, m := list[int(in[0])%len(list)], files[int(in[0])%len(list)].Clone()
-		bitmap := int64(b.entryAt(b.g.bitmapIndex(0)) & offsetMask)
-		places := []int64{headerOff1, regionOff1, b.metadata, b.metadata + metadataTable, b.bat, b.log, bitmap}
+		base := int(in[0]) % len(list)
+		m, places := files[base].Clone(), places[base]
 		for in = in[1:]; len(in) >= 4; {
 			at := places[int(in[0])%len(places)] + int64(binary.LittleEndian.Uint16(in[1:]))
 			n := min(int(in[3]), len(in)-4)
