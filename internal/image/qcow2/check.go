@@ -16,6 +16,7 @@ const (
 	// checkWindow is how many clusters of the file are counted at once, at 3
 	// bytes each: 96 MiB, of which only what is used is touched. Files of 2 TiB
 	// in clusters of 64 KiB take one pass over the tables.
+	// It is a multiple of what any refcount block counts.
 	checkWindow = 32 << 20
 	// checkPasses bounds the passes: 128 TiB in clusters of 64 KiB.
 	checkPasses = 64
@@ -60,11 +61,14 @@ var useNames = [...]string{"nothing", "the header", "an L1 table", "an L2 table"
 // Memory is bounded by passes over the tables, each counting a part of the
 // file. A snapshot checks the image that it is in.
 func (im *Image) Check(ctx context.Context, report func(problem string)) error {
-	c := &checker{im: im.whole(), ctx: ctx, out: report, told: map[string]int{}, tables: map[int64]l2Use{}}
-	if err := c.run(); err != nil {
+	if err := newChecker(im, report, checkWindow).run(ctx); err != nil {
 		return fmt.Errorf("check: %w", err)
 	}
 	return nil
+}
+
+func newChecker(im *Image, report func(string), window int64) *checker {
+	return &checker{im: im.whole(), out: report, window: window, told: map[string]int{}, tables: map[int64]l2Use{}}
 }
 
 // whole is the image that im is, or is a snapshot of.
@@ -77,7 +81,6 @@ func (im *Image) whole() *Image {
 
 type checker struct {
 	im   *Image
-	ctx  context.Context
 	out  func(string)
 	told map[string]int // reports, by kind
 
@@ -86,10 +89,11 @@ type checker struct {
 	order  []int64 // of tables: their offsets as they were met
 	l1Read int64   // bytes
 
-	pass int
-	base int64    // first cluster of the window
-	refs []uint16 // uses found, up to 65535, of each cluster in it
-	uses []uint8  // what uses it
+	window int64 // clusters counted in a pass
+	pass   int
+	base   int64    // first cluster of the window
+	refs   []uint16 // uses found, up to 65535, of each cluster in it
+	uses   []uint8  // what uses it
 }
 
 // l1Table is the disk's L1 table, or a snapshot's.
@@ -127,27 +131,27 @@ func (c *checker) bad(kind string, err error) error {
 	return nil
 }
 
-func (c *checker) run() error {
+func (c *checker) run(ctx context.Context) error {
 	im := c.im
 	if im.h.incompatible&bitCorrupt != 0 {
 		c.problem("mark", "the image is marked corrupt")
 	}
 	clusters := up(im.file.Size(), im.cluster)
-	if clusters > checkWindow*checkPasses {
+	if clusters > c.window*checkPasses {
 		return fmt.Errorf("%w: a file of %d clusters is too large to be checked here", image.ErrUnsupported, clusters)
 	}
-	n := min(clusters, checkWindow)
+	n := min(clusters, c.window)
 	c.refs, c.uses = make([]uint16, n), make([]uint8, n)
-	if err := c.findTables(); err != nil {
+	if err := c.findTables(ctx); err != nil {
 		return err
 	}
-	for ; c.base < clusters; c.base += checkWindow {
+	for ; c.base < clusters; c.base += c.window {
 		clear(c.refs)
 		clear(c.uses)
-		if err := c.count(); err != nil {
+		if err := c.count(ctx); err != nil {
 			return err
 		}
-		if err := c.compare(min(clusters-c.base, checkWindow)); err != nil {
+		if err := c.compare(ctx, min(clusters-c.base, c.window)); err != nil {
 			return err
 		}
 		c.pass++
@@ -161,10 +165,10 @@ func (c *checker) run() error {
 }
 
 // findTables reads all L1 tables.
-func (c *checker) findTables() error {
+func (c *checker) findTables(ctx context.Context) error {
 	im := c.im
 	c.l1s = []l1Table{{"L1", im.h.l1Off, im.h.l1Len, true}}
-	list, err := im.Snapshots(c.ctx)
+	list, err := im.Snapshots(ctx)
 	if err := c.bad("snapshots", err); err != nil {
 		return err
 	}
@@ -189,7 +193,7 @@ func (c *checker) findTables() error {
 			c.l1s = c.l1s[:i]
 			break
 		}
-		if err := c.readL1(t); err != nil {
+		if err := c.readL1(ctx, t); err != nil {
 			return err
 		}
 	}
@@ -197,9 +201,9 @@ func (c *checker) findTables() error {
 }
 
 // readL1 notes the L2 tables that an L1 table names.
-func (c *checker) readL1(t l1Table) error {
+func (c *checker) readL1(ctx context.Context, t l1Table) error {
 	im := c.im
-	return c.each(t.off, t.count*8, 8, func(b []byte, i int64) error {
+	return c.each(ctx, t.off, t.count*8, 8, func(b []byte, i int64) error {
 		e := binary.BigEndian.Uint64(b)
 		l2 := int64(e & offsetMask)
 		if e == 0 {
@@ -233,20 +237,20 @@ func (c *checker) readL1(t l1Table) error {
 }
 
 // each calls do for the entries of a table.
-func (c *checker) each(off, n, step int64, do func(b []byte, i int64) error) error {
+func (c *checker) each(ctx context.Context, off, n, step int64, do func(b []byte, i int64) error) error {
 	buf := make([]byte, min(n, checkRead))
 	for at := int64(0); at < n; at += int64(len(buf)) {
-		if err := c.ctx.Err(); err != nil {
+		if err := ctx.Err(); err != nil {
 			return err
 		}
 		p := buf[:min(int64(len(buf)), n-at)]
 		// A table in the file's last cluster may end with the file.
 		if have := max(0, min(int64(len(p)), c.im.file.Size()-off-at)); have < int64(len(p)) {
 			clear(p[have:])
-			if err := c.read(p[:have], off+at); err != nil {
+			if err := c.read(ctx, p[:have], off+at); err != nil {
 				return err
 			}
-		} else if err := c.read(p, off+at); err != nil {
+		} else if err := c.read(ctx, p, off+at); err != nil {
 			return err
 		}
 		for i := int64(0); i+step <= int64(len(p)); i += step {
@@ -258,15 +262,15 @@ func (c *checker) each(off, n, step int64, do func(b []byte, i int64) error) err
 	return nil
 }
 
-func (c *checker) read(p []byte, off int64) error {
+func (c *checker) read(ctx context.Context, p []byte, off int64) error {
 	if len(p) == 0 {
 		return nil
 	}
-	return c.im.file.ReadAt(c.ctx, p, off)
+	return c.im.file.ReadAt(ctx, p, off)
 }
 
 // count counts all uses of the clusters in the window.
-func (c *checker) count() error {
+func (c *checker) count(ctx context.Context) error {
 	im := c.im
 	c.add(useHeader, 0, im.cluster, 1)
 	for _, t := range c.l1s {
@@ -274,16 +278,16 @@ func (c *checker) count() error {
 	}
 	c.add(useRefTable, im.h.refsOff, im.h.refsLen, 1)
 	if im.h.snapshots > 0 {
-		_, n, err := im.list(c.ctx, int64(im.h.snapshots))
+		_, n, err := im.list(ctx, int64(im.h.snapshots))
 		if err != nil && !errors.Is(err, image.ErrFormat) {
 			return err
 		}
 		c.add(useSnapshots, im.h.snapsOff, n, 1)
 	}
-	if err := c.countBlocks(); err != nil {
+	if err := c.countBlocks(ctx); err != nil {
 		return err
 	}
-	if err := c.countBitmaps(); err != nil {
+	if err := c.countBitmaps(ctx); err != nil {
 		return err
 	}
 	for _, l2 := range c.order {
@@ -292,7 +296,7 @@ func (c *checker) count() error {
 	}
 	// Data comes last: what overlaps a table is its fault.
 	for _, l2 := range c.order {
-		if err := c.readL2(l2, c.tables[l2]); err != nil {
+		if err := c.readL2(ctx, l2, c.tables[l2]); err != nil {
 			return err
 		}
 	}
@@ -328,10 +332,10 @@ func (c *checker) add(use uint8, off, n, times int64) {
 }
 
 // readL2 counts what an L2 table names.
-func (c *checker) readL2(l2 int64, u l2Use) error {
+func (c *checker) readL2(ctx context.Context, l2 int64, u l2Use) error {
 	im := c.im
 	step := im.cluster / im.h.l2Entries()
-	return c.each(l2, im.cluster, step, func(b []byte, i int64) error {
+	return c.each(ctx, l2, im.cluster, step, func(b []byte, i int64) error {
 		e := binary.BigEndian.Uint64(b)
 		if e == 0 && (step == 8 || binary.BigEndian.Uint64(b[8:]) == 0) {
 			return nil
@@ -374,8 +378,8 @@ func (c *checker) entry(b []byte, e uint64, l2, off int64, u l2Use) error {
 }
 
 // countBlocks counts the refcount blocks.
-func (c *checker) countBlocks() error {
-	return c.each(c.im.h.refsOff, c.im.h.refsLen, 8, func(b []byte, i int64) error {
+func (c *checker) countBlocks(ctx context.Context) error {
+	return c.each(ctx, c.im.h.refsOff, c.im.h.refsLen, 8, func(b []byte, i int64) error {
 		off, err := c.block(b, i)
 		if err == nil && off != 0 {
 			c.add(useRefBlock, off, c.im.cluster, 1)
@@ -403,12 +407,12 @@ func (c *checker) block(b []byte, i int64) (int64, error) {
 
 // countBitmaps counts the bitmaps' directory, tables and bits. When the image
 // says that they are out of date, nothing of them counts.
-func (c *checker) countBitmaps() error {
+func (c *checker) countBitmaps(ctx context.Context) error {
 	im := c.im
 	if im.h.bitmaps == nil || im.h.autoclear&bitBitmaps == 0 {
 		return nil
 	}
-	list, err := im.Bitmaps(c.ctx)
+	list, err := im.Bitmaps(ctx)
 	if err != nil {
 		return c.bad("bitmaps", err)
 	}
@@ -423,7 +427,7 @@ func (c *checker) countBitmaps() error {
 		if err := im.usable(b); err != nil && !b.InUse && c.pass == 0 {
 			c.problem("bitmaps", "bitmap %.100q: %v", b.Name, err)
 		}
-		err := c.each(b.table, b.tableSize*8, 8, func(p []byte, i int64) error {
+		err := c.each(ctx, b.table, b.tableSize*8, 8, func(p []byte, i int64) error {
 			host, _, err := im.parseBitmapEntry(p)
 			if err == nil && host != 0 {
 				c.add(useBitmaps, host, im.cluster, 1)
@@ -442,7 +446,7 @@ func (c *checker) countBitmaps() error {
 
 // compare compares the uses of n clusters with their refcounts. A window
 // begins with a refcount block.
-func (c *checker) compare(n int64) error {
+func (c *checker) compare(ctx context.Context, n int64) error {
 	im := c.im
 	if im.h.incompatible&bitDirty != 0 {
 		return nil
@@ -450,13 +454,13 @@ func (c *checker) compare(n int64) error {
 	perBlock := im.cluster * 8 >> im.h.refOrder
 	var d difference
 	for i := int64(0); i < n; i += perBlock {
-		if err := c.ctx.Err(); err != nil {
+		if err := ctx.Err(); err != nil {
 			return err
 		}
 		k := (c.base + i) / perBlock
 		off := int64(0)
 		if k*8 < im.h.refsLen {
-			b, err := im.slice(c.ctx, im.h.refsOff+k*8, im.h.refsOff+im.h.refsLen)
+			b, err := im.slice(ctx, im.h.refsOff+k*8, im.h.refsOff+im.h.refsLen)
 			if err == nil {
 				off, err = c.block(b, k)
 			}
@@ -467,7 +471,7 @@ func (c *checker) compare(n int64) error {
 				return err
 			}
 		}
-		if err := c.compareBlock(&d, off, i, min(perBlock, n-i)); err != nil {
+		if err := c.compareBlock(ctx, &d, off, i, min(perBlock, n-i)); err != nil {
 			return err
 		}
 	}
@@ -477,7 +481,7 @@ func (c *checker) compare(n int64) error {
 
 // compareBlock compares the clusters that a refcount block counts, the first of
 // which has that number in the window.
-func (c *checker) compareBlock(d *difference, off, first, n int64) error {
+func (c *checker) compareBlock(ctx context.Context, d *difference, off, first, n int64) error {
 	if off == 0 {
 		for i := range n {
 			c.cluster(d, first+i, 0)
@@ -486,7 +490,7 @@ func (c *checker) compareBlock(d *difference, off, first, n int64) error {
 	}
 	bits := int64(1) << c.im.h.refOrder
 	step := max(bits/8, 1)
-	return c.each(off, up(n*bits, 8), step, func(b []byte, i int64) error {
+	return c.each(ctx, off, up(n*bits, 8), step, func(b []byte, i int64) error {
 		switch bits {
 		case 16:
 			c.cluster(d, first+i, uint64(binary.BigEndian.Uint16(b)))

@@ -63,7 +63,7 @@ type Packer struct {
 	f    file
 	size int64 // as asked for; the image's is rounded up to sectors
 	lay  layout
-	*deflater
+	z    *deflater
 
 	flush   sync.Mutex // one Flush at a time, I/O included; taken before mu. Guards counted and packTable.linked
 	counted int64      // the refcounts of the clusters before this one are right on disk
@@ -104,7 +104,7 @@ func CreateCompressed(path string, size int64, o PackOptions) (*Packer, error) {
 }
 
 func newPacker(f file, size int64, lay layout) *Packer {
-	return &Packer{f: f, size: size, lay: lay, deflater: newDeflater(lay.compression, 1<<lay.bits),
+	return &Packer{f: f, size: size, lay: lay, z: newDeflater(lay.compression, 1<<lay.bits),
 		next: lay.first, counted: lay.first, tables: map[int64]*packTable{}}
 }
 
@@ -176,8 +176,8 @@ type packed struct {
 // write compresses and writes up to packStep bytes of clusters.
 func (w *Packer) write(ctx context.Context, p []byte, off int64) error {
 	cluster := w.ClusterSize()
-	buf := w.buffer()
-	defer w.buffers.Put(buf)
+	buf := w.z.buffer()
+	defer w.z.buffers.Put(buf)
 	list := make([]packed, 0, up(int64(len(p)), cluster))
 	out := (*buf)[:0]
 	for at := int64(0); at < int64(len(p)); at += cluster {
@@ -193,7 +193,7 @@ func (w *Packer) write(ctx context.Context, p []byte, off int64) error {
 		}
 		n := len(out)
 		var err error
-		if out, err = w.compress(out, c); err != nil {
+		if out, err = w.z.compress(out, c); err != nil {
 			return w.fail(err)
 		}
 		x := packed{guest: (off + at) >> w.lay.bits, data: out[n:], compressed: true}
