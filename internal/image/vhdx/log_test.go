@@ -217,7 +217,7 @@ func TestDirtyLogRefused(t *testing.T) {
 func TestDirtyLogBroken(t *testing.T) {
 	d := newDirty(t)
 	e := d.entry(9, 0, d.change(0)).bytes()
-	for i := 0; i < len(e); i += 7 {
+	for i := 0; i < len(e); i += 29 { // prime to 8, 32 and 4096
 		x := bytes.Clone(e)
 		x[i] ^= 1 << (i % 8)
 		d.b.putLog(0, x)
