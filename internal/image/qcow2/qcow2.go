@@ -1,7 +1,8 @@
 // Package qcow2 reads QEMU's qcow2 images, versions 2 and 3, as layers of an
-// image.Chain, and makes new ones: a full image in one pass, or an empty
-// overlay above whatever QEMU can read. It never changes an existing image:
-// live overlays are QEMU's own affair.
+// image.Chain, and makes new ones: a full image in one pass (Writer, and
+// Packer for a compressed one), or an empty overlay above whatever QEMU can
+// read. It never changes an existing image: live overlays are QEMU's own
+// affair.
 //
 // A read goes through two levels of tables to a cluster of the file:
 //

@@ -295,17 +295,21 @@ func TestReadsDirtyImage(t *testing.T) {
 	compare(t, c, model, rnd)
 }
 
-// TestRealImages reads images of other origins: HOLDFAST_TEST_IMAGES names a
-// directory with a README.md whose table tells name and content of each.
+// TestRealImages reads images of other origins, from the folder that
+// HOLDFAST_IMAGES names or the one beside the project. The table in its
+// README.md tells name and content of each.
 func TestRealImages(t *testing.T) {
-	dir := os.Getenv("HOLDFAST_TEST_IMAGES")
+	dir := os.Getenv("HOLDFAST_IMAGES")
 	if dir == "" {
-		t.Skip("SKIPPED: HOLDFAST_TEST_IMAGES is not set")
+		dir = filepath.Join("..", "..", "..", "..", "shared", "images")
+	}
+	if testing.Short() {
+		t.Skip("SKIPPED: -short reads no real images")
 	}
 	need(t, "gzip")
 	readme, err := os.ReadFile(filepath.Join(dir, "README.md"))
 	if err != nil {
-		t.Fatal(err)
+		t.Skipf("SKIPPED: no real images: set HOLDFAST_IMAGES to their folder: %v", err)
 	}
 	tmp, want := t.TempDir(), map[string]string{}
 	for line := range strings.Lines(string(readme)) {
@@ -340,6 +344,9 @@ func TestRealImages(t *testing.T) {
 			}
 			if got := hex.EncodeToString(h.Sum(nil)); got != sum {
 				t.Errorf("content %s, want %s", got, sum)
+			}
+			if v := ours(t, tmp, name); v.damaged || v.leaks {
+				t.Errorf("check: %s", v.text)
 			}
 		})
 	}
