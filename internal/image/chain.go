@@ -127,15 +127,18 @@ func (formats Formats) parentFormat(ctx context.Context, child link, f File) (st
 	if p := child.info.Parent; p.Format != "" {
 		return p.Format, nil
 	}
-	format, err := formats.Probe(ctx, f.Disk)
+	marks, err := formats.Probe(ctx, f.Disk)
 	if err != nil {
 		return "", fmt.Errorf("probe %s: %w", f.Name, err)
 	}
-	if format == RawName || strings.EqualFold(path.Ext(f.Name), "."+format) {
-		return format, nil
+	if len(marks) == 0 {
+		return RawName, nil
+	}
+	if ext := strings.ToLower(strings.TrimPrefix(path.Ext(f.Name), ".")); slices.Contains(marks, ext) {
+		return ext, nil
 	}
 	return "", fmt.Errorf("%w: %s does not say the format of its parent %s, which may be %s or raw (qemu-img rebase -u -b NAME -F FORMAT says it)",
-		ErrFormat, child.name, f.Name, format)
+		ErrFormat, child.name, f.Name, strings.Join(marks, ", "))
 }
 
 // Files lists the names of the chain's files from the image itself to its

@@ -150,20 +150,20 @@ type Format struct {
 // Formats are what a caller can read, besides raw.
 type Formats []Format
 
-// Probe names the format whose mark the content bears, RawName when it bears
-// none. That a file bears a mark does not mean that its owner meant it to: see
-// the package comment.
-func (formats Formats) Probe(ctx context.Context, f disk.Reader) (string, error) {
+// Probe names the formats whose marks the content bears. That a file bears a
+// mark does not mean that its owner meant it to (see the package comment): one
+// that bears two, at its beginning and its end, has got one from a guest.
+func (formats Formats) Probe(ctx context.Context, f disk.Reader) (marks []string, err error) {
 	for _, x := range formats {
 		ok, err := x.Match(ctx, f)
 		if err != nil {
-			return "", fmt.Errorf("probe for %s: %w", x.Name, err)
+			return nil, fmt.Errorf("probe for %s: %w", x.Name, err)
 		}
 		if ok {
-			return x.Name, nil
+			marks = append(marks, x.Name)
 		}
 	}
-	return RawName, nil
+	return marks, nil
 }
 
 // OpenLayer opens one file, without its parents, in a format that the caller

@@ -1,15 +1,23 @@
 // Package folder is the host that needs no hypervisor: a directory of disk
-// images. Each image in it is a VM of the file's name without its extension;
-// each subdirectory with images is a VM of the directory's name, all its
-// images one set (directories further down are not looked at). Other files of
-// up to 1 MiB in such a subdirectory are the VM's configuration.
+// images, perhaps as a hypervisor has exported them. Each image in it is a VM of
+// the file's name without its extension; each subdirectory with images, in it
+// or up to three directories further down, is a VM of the directory's name,
+// all its images one set. Other files of up to 1 MiB there are the VM's
+// configuration.
 //
 //	vms/web.raw                    VM web, disk web.raw
 //	vms/db/{root.qcow2,data.raw}   VM db, disks root.qcow2 and data.raw
 //	vms/db/db.xml                  configuration of VM db
+//	vms/app/app.vmx                configuration of VM app
+//	vms/app/app{,-flat,-000001,-000001-delta}.vmdk
+//	                               disk app.vmdk, as its newest snapshot has it
+//	vms/mail/Virtual Hard Disks/mail{,_GUID.a}vhdx
+//	                               VM mail, disk mail.vhdx, as its checkpoint has it
 //
-// An image that is the backing or data file of another image in the folder
-// is no disk of its own. Hidden files are ignored, and what is known to be a
+// An image that is the parent, the data file or an extent of another image in
+// the folder is no disk of its own. A disk is named by its file, without what
+// Hyper-V and VMware add for a checkpoint: it is the same disk when checkpoints
+// come and go. Hidden files are ignored, and what is known to be a
 // side file. A symbolic link within the folder adds nothing; one that leads
 // out of it, if it bears an image's name, is listed and refused, like an image
 // in a format that is not read here, so that nothing is left out silently.
@@ -21,13 +29,15 @@
 // Images are found by name or content, and a guest writes the content of raw
 // ones. So it cannot decide alone what its disk is:
 //
-//	.qcow2      qcow2, or else an error
-//	.raw, .dd   raw, whatever the content; a note if it looks like another format
-//	.img        raw; or qcow2 if the content says so and names no other file
-//	others      qcow2 if the content says so and names no other file, else no image
+//	.qcow2 .vhdx .avhdx .vhd .avhd .vmdk
+//	            what the content says, as long as it is one of these formats
+//	.raw .dd    raw, whatever the content; a note if it looks like another format
+//	.img        raw; or what the content says, if that names no other file
+//	others      what the content says, if that names no other file, else no image
 //
-// An image's parents are opened only inside the folder, by relative names or
-// absolute ones that lead into it. All files are opened through an os.Root.
+// An image's parents and extents are opened only inside the folder, by relative
+// names or absolute ones that lead into it; when a file is not where the image
+// says, by its name among the VM's files. All files are opened through an os.Root.
 //
 // # Images in use
 //
@@ -62,16 +72,13 @@ import (
 	"path/filepath"
 	"strings"
 
+	"holdfast/internal/disk"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/image"
-	"holdfast/internal/image/qcow2"
 )
 
 // Kind is the adapter's name in hypervisor.VM.
 const Kind = "folder"
-
-// formats are those that images in a folder may have, besides raw.
-func formats() image.Formats { return image.Formats{qcow2.Format()} }
 
 // Source is a directory of images. Its methods may run in parallel.
 type Source struct {
@@ -145,7 +152,7 @@ func (s *Source) vm(v vm) hypervisor.VM {
 	r := hypervisor.VM{ID: s.id(v), Name: v.name, Kind: Kind, Host: s.name, State: hypervisor.Stopped}
 	for _, m := range v.images {
 		r.Disks = append(r.Disks, hypervisor.Disk{
-			ID: hypervisor.DiskID(path.Base(m.rel)), Size: m.size, Format: m.format,
+			ID: m.id, Size: m.size, Format: m.format,
 			Path: s.at(m.rel), Excluded: m.excluded,
 		})
 	}
@@ -153,6 +160,9 @@ func (s *Source) vm(v vm) hypervisor.VM {
 }
 
 func (s *Source) id(v vm) hypervisor.VMID { return hypervisor.VMID(s.at(v.rel)) }
+
+// Path is the path of a file of the folder.
+func (s *Source) Path(rel string) string { return s.at(rel) }
 
 // at is the path of a file of the folder.
 func (s *Source) at(rel string) string { return filepath.Join(s.path, filepath.FromSlash(rel)) }
@@ -173,8 +183,57 @@ func (s *Source) open(rel string) (*os.File, error) {
 	return f, nil
 }
 
-// locate is where a file is that the image called from names.
+// file opens a file of the folder as a disk.
+func (s *Source) file(rel string) (image.File, error) {
+	f, err := s.open(rel)
+	if err != nil {
+		return image.File{}, err
+	}
+	d, err := disk.NewFile(f, disk.FileOptions{ReadOnly: true})
+	if err != nil {
+		return image.File{}, errors.Join(err, f.Close())
+	}
+	return image.File{Name: rel, Disk: d}, nil
+}
+
+// locate is where a file is that the image called from names. When it is not
+// where the image says, the one file of its name counts that its VM has: an
+// export puts checkpoints and disks into other directories than they were in,
+// and Windows does not mind upper and lower case.
 func (s *Source) locate(from, name string) (string, error) {
+	rel, err := s.place(from, name)
+	if err != nil {
+		return "", err
+	}
+	if _, err := s.root.Lstat(filepath.FromSlash(rel)); err == nil {
+		return rel, nil
+	}
+	var found []string
+	look := func(at string, e fs.DirEntry) error {
+		if strings.EqualFold(e.Name(), path.Base(rel)) && at != from {
+			found = append(found, at)
+		}
+		return nil
+	}
+	if dir, _, ok := strings.Cut(from, "/"); ok {
+		err = s.walk(dir, look)
+	} else {
+		var list []fs.DirEntry
+		list, err = fs.ReadDir(s.root.FS(), ".")
+		for _, e := range list {
+			if !e.IsDir() {
+				err = errors.Join(err, look(e.Name(), e))
+			}
+		}
+	}
+	if err == nil && len(found) == 1 {
+		return found[0], nil
+	}
+	return rel, err
+}
+
+// place is where an image says that a file is.
+func (s *Source) place(from, name string) (string, error) {
 	if filepath.IsAbs(name) {
 		for _, dir := range []string{s.path, s.abs} {
 			rel, err := filepath.Rel(dir, filepath.Clean(name))

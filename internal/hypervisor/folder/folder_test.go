@@ -160,12 +160,15 @@ func TestLists(t *testing.T) {
 	raw(t, filepath.Join(dir, "README.md"), 10)
 	raw(t, filepath.Join(dir, "web.raw~"), 10)
 	raw(t, filepath.Join(dir, "copy.raw.part"), 4096)
-	raw(t, filepath.Join(dir, "old.vhdx"), 4096)
+	raw(t, filepath.Join(dir, "old.vdi"), 4096)
+	raw(t, filepath.Join(dir, "bad.vhdx"), 4096)
+	raw(t, filepath.Join(dir, "lost-flat.vmdk"), 4096)
 	overlay(t, filepath.Join(dir, "circle1.qcow2"), 1<<20, "circle2.qcow2", "qcow2")
 	overlay(t, filepath.Join(dir, "circle2.qcow2"), 1<<20, "circle1.qcow2", "qcow2")
 
 	s := open(t, dir)
-	want := "circle1: circle1.qcow2; circle2: circle2.qcow2; clone: clone.qcow2; db: data.qcow2, root.raw, top.qcow2; noextension: noextension; old: old.vhdx; " +
+	want := "bad: bad.vhdx; circle1: circle1.qcow2; circle2: circle2.qcow2; clone: clone.qcow2; db: data.qcow2, root.raw, top.qcow2; " +
+		"deep: x.raw; lost-flat: lost-flat.vmdk; noextension: noextension; old: old.vdi; " +
 		"web: disk.img; web: web.qcow2; web: web.raw"
 	if got := listing(t, s); got != want {
 		t.Errorf("listing\n%s, want\n%s", got, want)
@@ -186,7 +189,7 @@ func TestLists(t *testing.T) {
 			t.Errorf("disk %+v, want %+v", web.Disks[i], want)
 		}
 	}
-	for name, want := range map[string]error{"old": image.ErrUnsupported, "circle1": image.ErrFormat} {
+	for name, want := range map[string]error{"old": image.ErrUnsupported, "circle1": image.ErrFormat, "bad": image.ErrFormat, "lost-flat": image.ErrFormat} {
 		if _, err := snap(t, s, name, hypervisor.SnapshotOptions{}); !errors.Is(err, want) {
 			t.Errorf("%s: %v", name, err)
 		}

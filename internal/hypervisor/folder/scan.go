@@ -3,23 +3,28 @@ package folder
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
 	"holdfast/internal/disk"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/image"
+	"holdfast/internal/image/formats"
 	"holdfast/internal/image/qcow2"
+	"holdfast/internal/image/vhd"
+	"holdfast/internal/image/vhdx"
+	"holdfast/internal/image/vmdk"
 )
 
 const (
 	maxConfig      = 1 << 20 // bytes of one configuration file
 	maxConfigFiles = 100
+	maxDepth       = 3 // directories below a VM's own
 )
 
 // vm is one VM as the folder's names tell it.
@@ -28,8 +33,8 @@ type vm struct {
 	name   string
 	isDir  bool
 	images []img
-	config []string // names of files in the subdirectory
-	left   []string // names of files that are neither, being too large
+	config []string // files in or below the subdirectory, by their place in the folder
+	left   []string // likewise those that are neither, being too large
 }
 
 // dir is the directory of the VM's images.
@@ -43,33 +48,73 @@ func (v vm) dir() string {
 // img is one image.
 type img struct {
 	rel      string
+	id       hypervisor.DiskID
 	format   string
 	size     int64 // of the virtual disk; 0 if err
 	note     string
 	excluded string   // why it is not backed up
 	err      error    // why it cannot be
+	refused  bool     // its format is not certain
 	needs    []string // backing and data files
+}
+
+// kind is what a file's name says that it is: the name of a format, or one of
+// these.
+type kind string
+
+const (
+	asUnknown kind = ""
+	asImg     kind = "an image"
+	asOther   kind = "not read here" // an image
+	asPiece   kind = "a piece"       // of an image: the file of an extent
+	asSide    kind = "beside"        // no image and no configuration
+)
+
+// certain reports whether the name leaves no doubt.
+func (k kind) certain() bool {
+	switch k {
+	case asUnknown, asImg, asOther, asPiece, asSide:
+		return false
+	}
+	return true
 }
 
 // known tells what the extension of a name says.
 var known = map[string]kind{
-	".raw": asRaw, ".dd": asRaw, ".img": asImg, ".qcow2": asQcow2,
-	".vhdx": asOther, ".avhdx": asOther, ".vhd": asOther, ".avhd": asOther, ".vmdk": asOther, ".vdi": asOther, ".qcow": asOther, ".qed": asOther,
-	".tmp": asSide, ".part": asSide, ".lock": asSide, ".swp": asSide, ".rct": asSide, ".mrt": asSide,
+	".raw": image.RawName, ".dd": image.RawName, ".img": asImg, ".qcow2": qcow2.Name,
+	".vhdx": vhdx.Name, ".avhdx": vhdx.Name, ".vhd": vhd.Name, ".avhd": vhd.Name, ".vmdk": vmdk.Name,
+	".vdi": asOther, ".qcow": asOther, ".qed": asOther, ".vhds": asOther,
+	".tmp": asSide, ".part": asSide, ".lock": asSide, ".swp": asSide, ".rct": asSide, ".mrt": asSide, ".vswp": asSide,
 }
 
-type kind int
-
-const (
-	asUnknown kind = iota
-	asRaw
-	asImg
-	asQcow2
-	asOther // an image in a format that is not read here
-	asSide  // no image and no configuration
+var (
+	// pieces are the names of the files that VMware's descriptors name.
+	pieces = regexp.MustCompile(`(?i)-(flat|delta|sesparse|[fs]\d{3})\.vmdk$`)
+	// tracking is VMware's changed block tracking.
+	tracking = regexp.MustCompile(`(?i)-ctk\.vmdk$`)
+	// checkpoints end in what Hyper-V and VMware add to a disk's name for each
+	// of its checkpoints.
+	checkpoints = regexp.MustCompile(`(?i)^(.+)(_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\.a(vhdx?)|-\d{6}\.(vmdk))$`)
 )
 
-func extension(name string) string { return strings.ToLower(path.Ext(name)) }
+func kindOf(name string) kind {
+	switch {
+	case tracking.MatchString(name):
+		return asSide
+	case pieces.MatchString(name):
+		return asPiece
+	}
+	return known[strings.ToLower(path.Ext(name))]
+}
+
+// lasting is the name of the disk of which an image is the newest checkpoint:
+// it stays while checkpoints come and go.
+func lasting(name string) string {
+	if m := checkpoints.FindStringSubmatch(name); m != nil {
+		return m[1] + "." + strings.ToLower(m[3]+m[4])
+	}
+	return name
+}
 
 // find scans for one VM.
 func (s *Source) find(ctx context.Context, id hypervisor.VMID) (vm, error) {
@@ -106,45 +151,90 @@ func (s *Source) scan(ctx context.Context) ([]vm, error) {
 			found = append(found, v)
 		default:
 			if m, ok := s.classify(ctx, e.Name(), e.Type()); ok {
-				name := e.Name()
-				if known[extension(name)] != asUnknown {
+				name := lasting(e.Name())
+				v := vm{rel: name, images: []img{m}}
+				if kindOf(name) != asUnknown {
 					name = strings.TrimSuffix(name, path.Ext(name))
 				}
-				found = append(found, vm{rel: e.Name(), name: name, images: []img{m}})
+				v.name = name
+				found = append(found, v)
 			}
 		}
 	}
 	found = withoutParents(found)
+	for _, v := range found {
+		nameDisks(v)
+	}
 	slices.SortStableFunc(found, func(a, b vm) int { return cmp.Compare(a.name, b.name) })
 	return found, nil
 }
 
-// scanDir sorts a subdirectory's files. Without an image it is no VM.
+// scanDir sorts the files in and below a subdirectory. Without an image it is
+// no VM.
 func (s *Source) scanDir(ctx context.Context, dir string) (vm, error) {
 	v := vm{rel: dir, name: dir, isDir: true}
-	list, err := fs.ReadDir(s.root.FS(), dir)
-	if err != nil {
-		return v, fmt.Errorf("list folder %s: %w", s.at(dir), err)
-	}
-	for _, e := range list {
-		name := e.Name()
-		if hidden(name) || e.IsDir() {
-			continue
+	err := s.walk(dir, func(rel string, e fs.DirEntry) error {
+		if err := ctx.Err(); err != nil {
+			return err
 		}
-		if m, ok := s.classify(ctx, path.Join(dir, name), e.Type()); ok {
+		if m, ok := s.classify(ctx, rel, e.Type()); ok {
 			v.images = append(v.images, m)
-			continue
+			return nil
 		}
 		info, err := e.Info()
 		switch {
-		case err != nil || !info.Mode().IsRegular() || known[extension(name)] == asSide:
+		case err != nil || !info.Mode().IsRegular() || kindOf(e.Name()) == asSide:
 		case info.Size() <= maxConfig && len(v.config) < maxConfigFiles:
-			v.config = append(v.config, name)
+			v.config = append(v.config, rel)
 		default:
-			v.left = append(v.left, name)
+			v.left = append(v.left, rel)
+		}
+		return nil
+	})
+	return v, err
+}
+
+// walk calls do for the files in a directory of the folder, and in those below
+// it: a host's export has its disks in one of their own.
+func (s *Source) walk(dir string, do func(rel string, e fs.DirEntry) error) error {
+	list, err := fs.ReadDir(s.root.FS(), dir)
+	if err != nil {
+		return fmt.Errorf("list folder %s: %w", s.at(dir), err)
+	}
+	for _, e := range list {
+		rel := path.Join(dir, e.Name())
+		switch {
+		case hidden(e.Name()):
+		case !e.IsDir():
+			err = do(rel, e)
+		case strings.Count(rel, "/") <= maxDepth:
+			err = s.walk(rel, do)
+		}
+		if err != nil {
+			return err
 		}
 	}
-	return v, nil
+	return nil
+}
+
+// nameDisks gives each image the shortest name that no other has.
+func nameDisks(v vm) {
+	names := []func(rel string) string{
+		func(rel string) string { return lasting(path.Base(rel)) },
+		path.Base,
+		func(rel string) string { return strings.ReplaceAll(strings.TrimPrefix(rel, v.rel+"/"), "/", "_") },
+	}
+	for _, name := range names {
+		taken := map[string]int{}
+		for i := range v.images {
+			taken[name(v.images[i].rel)]++
+		}
+		for i := range v.images {
+			if n := name(v.images[i].rel); v.images[i].id == "" && taken[n] == 1 {
+				v.images[i].id = hypervisor.DiskID(n)
+			}
+		}
+	}
 }
 
 func hidden(name string) bool {
@@ -154,7 +244,7 @@ func hidden(name string) bool {
 // classify tells whether a file is an image, and which.
 func (s *Source) classify(ctx context.Context, rel string, mode fs.FileMode) (img, bool) {
 	m := img{rel: rel}
-	as := known[extension(rel)]
+	as := kindOf(path.Base(rel))
 	refuse := func(format string, args ...any) (img, bool) {
 		m.err = fmt.Errorf(format, args...)
 		return m, as != asUnknown
@@ -171,19 +261,18 @@ func (s *Source) classify(ctx context.Context, rel string, mode fs.FileMode) (im
 	if !mode.IsRegular() {
 		return refuse("%s is not a regular file", s.at(rel))
 	}
-	if as == asOther {
-		return refuse("%w: the format %s is not readable here (qemu-img convert makes a qcow2 of it)", image.ErrUnsupported, strings.TrimPrefix(extension(rel), "."))
+	switch as {
+	case asOther:
+		return refuse("%w: the format %s is not readable here (qemu-img convert makes a qcow2 of it)", image.ErrUnsupported, strings.TrimPrefix(strings.ToLower(path.Ext(rel)), "."))
+	case asPiece:
+		return refuse("%w: %s is a piece of a VMDK whose descriptor is not there: put it back, or name the piece .raw if it is a whole disk", image.ErrFormat, s.at(rel))
 	}
-	f, err := s.open(rel)
+	f, err := s.file(rel)
 	if err != nil {
 		return refuse("%w", err)
 	}
-	d, err := disk.NewFile(f, disk.FileOptions{ReadOnly: true})
-	if err != nil {
-		return refuse("%w", errors.Join(err, f.Close()))
-	}
-	ok := s.inspect(ctx, &m, as, d)
-	if err := d.Close(); err != nil && m.err == nil {
+	ok := s.inspect(ctx, &m, as, f.Disk)
+	if err := f.Disk.Close(); err != nil && m.err == nil {
 		m.err = err
 	}
 	return m, ok
@@ -193,37 +282,42 @@ func (s *Source) classify(ctx context.Context, rel string, mode fs.FileMode) (im
 // what the image needs. It reports whether the file is an image.
 func (s *Source) inspect(ctx context.Context, m *img, as kind, d disk.Reader) bool {
 	m.size = d.Size()
-	mark, err := formats().Probe(ctx, d)
+	marks, err := formats.All().Probe(ctx, d)
 	if err != nil {
 		m.err = err
 		return as != asUnknown
 	}
+	mark := strings.Join(marks, " and a ")
 	switch {
-	case mark == image.RawName && as == asUnknown:
+	case as == image.RawName || as.certain() && (len(marks) == 0 || slices.Contains(marks, string(as))):
+		m.format = string(as) // which refuses what has no mark of it
+	case len(marks) == 0 && as == asUnknown:
 		return false
-	case as == asRaw, as == asImg && mark == image.RawName:
+	case len(marks) == 0:
 		m.format = image.RawName
-		if mark != image.RawName {
-			m.note = fmt.Sprintf("%s was read as raw, as its name says, though it begins like a %s image: rename it if it is one", s.at(m.rel), mark)
+	case len(marks) == 1:
+		m.format = mark
+	default:
+		m.err, m.refused = fmt.Errorf("%w: %s looks like a %s image: name it .EXT for the one that it is, .raw if none", image.ErrFormat, s.at(m.rel), mark), true
+		return true
+	}
+	if m.format == image.RawName {
+		if mark != "" {
+			m.note = fmt.Sprintf("%s was read as raw, as its name says, though it looks like a %s image: rename it if it is one", s.at(m.rel), mark)
 		}
 		if m.size == 0 {
 			m.excluded = "the file is empty"
 		}
 		return true
 	}
-	m.format = qcow2.Name
-	l, err := formats().OpenLayer(ctx, image.File{Name: m.rel, Disk: keep{d}}, m.format, func(_ context.Context, from, name string) (image.File, error) {
-		rel, err := s.locate(from, name)
-		if err != nil {
-			return image.File{}, err
-		}
+	l, err := formats.All().OpenLayer(ctx, image.File{Name: m.rel, Disk: keep{d}}, m.format, s.resolver(func(_, rel string) {
 		m.needs = append(m.needs, rel)
-		return image.File{Name: rel, Disk: disk.NewMem(0)}, nil // only the names matter here
-	})
+	}))
 	if err != nil {
 		m.err, m.size = err, 0
 		return true
 	}
+	defer l.Close() // only read
 	info := l.Info()
 	m.size = info.Size
 	if info.Parent != nil {
@@ -233,10 +327,10 @@ func (s *Source) inspect(ctx context.Context, m *img, as kind, d disk.Reader) bo
 			}
 		}
 	}
-	if as != asQcow2 && (info.Parent != nil || len(m.needs) > 0) {
-		m.err = fmt.Errorf("%w: %s begins like a %s image that needs another file, but its guest may have written that: rename it to end in .%s if it is one, else in .raw",
+	if !as.certain() && (info.Parent != nil || len(m.needs) > 0) {
+		m.err = fmt.Errorf("%w: %s looks like a %s image that needs another file, but its guest may have written that: rename it to end in .%s if it is one, else in .raw",
 			image.ErrFormat, s.at(m.rel), mark, mark)
-		m.needs = nil
+		m.needs, m.refused = nil, true
 	}
 	return true
 }

@@ -15,7 +15,7 @@ import (
 	"holdfast/internal/disk"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/image"
-	"holdfast/internal/image/qcow2"
+	"holdfast/internal/image/formats"
 )
 
 const (
@@ -152,7 +152,7 @@ func (p *snapshot) openDisks(ctx context.Context, v vm, live bool) error {
 	p.notes, p.disks = nil, map[hypervisor.DiskID]*image.Chain{}
 	for i, m := range v.images {
 		if m.err != nil {
-			return fmt.Errorf("disk %s: %w", path.Base(m.rel), m.err)
+			return fmt.Errorf("disk %s: %w", m.id, m.err)
 		}
 		if m.note != "" {
 			p.notes = append(p.notes, m.note)
@@ -162,14 +162,14 @@ func (p *snapshot) openDisks(ctx context.Context, v vm, live bool) error {
 		}
 		f, err := p.set.open(m.rel)
 		if err != nil {
-			return fmt.Errorf("disk %s: %w", path.Base(m.rel), err)
+			return fmt.Errorf("disk %s: %w", m.id, err)
 		}
-		if x := p.set.files[m.rel]; live && x.clone == nil && m.format == qcow2.Name {
+		if x := p.set.files[m.rel]; live && x.clone == nil && m.format != image.RawName {
 			f.Disk = growing{d: x.d, f: x.f}
 		}
-		c, err := formats().Open(ctx, f, m.format, p.set.resolve)
+		c, err := formats.All().Open(ctx, f, m.format, p.set.resolve)
 		if err != nil {
-			return fmt.Errorf("disk %s: %w", path.Base(m.rel), err)
+			return fmt.Errorf("disk %s: %w", m.id, err)
 		}
 		p.disks[p.vm.Disks[i].ID] = c
 		p.vm.Disks[i].Size = c.Size()
@@ -259,8 +259,9 @@ func (p *snapshot) Close() error {
 // config reads the VM's configuration files.
 func (s *Source) config(v vm) ([]hypervisor.File, error) {
 	var list []hypervisor.File
-	for _, name := range v.config {
-		f, err := s.open(path.Join(v.rel, name))
+	taken := map[string]bool{}
+	for _, rel := range v.config {
+		f, err := s.open(rel)
 		if err != nil {
 			return nil, fmt.Errorf("read configuration: %w", err)
 		}
@@ -269,8 +270,13 @@ func (s *Source) config(v vm) ([]hypervisor.File, error) {
 			err = errors.New("it grew")
 		}
 		if err = errors.Join(err, f.Close()); err != nil {
-			return nil, fmt.Errorf("read configuration %s: %w", name, err)
+			return nil, fmt.Errorf("read configuration %s: %w", rel, err)
 		}
+		name := path.Base(rel)
+		if taken[name] {
+			name = strings.ReplaceAll(strings.TrimPrefix(rel, v.rel+"/"), "/", "_")
+		}
+		taken[name] = true
 		list = append(list, hypervisor.File{Name: name, Data: data})
 	}
 	return list, nil
