@@ -125,7 +125,7 @@ func (a *app) root() *cobra.Command {
 	)
 	root.AddCommand(
 		a.initCommand(), a.vms(), a.backup(), a.check(),
-		a.points(), a.show(), a.restore(), a.publish(),
+		a.points(), a.show(), a.restore(), a.image(), a.publish(),
 		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(),
 		a.version(), a.serve(), a.thaw(),
 	)

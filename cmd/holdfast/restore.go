@@ -19,10 +19,12 @@ func (a *app) restore() *cobra.Command {
 		Short:   "Write a restore point's disks to files, or to a host as a stopped VM",
 		Long: `Restore a VM from a restore point, in one of two ways.
 
---to DIR writes each disk to DIR/DISK.raw or DIR/DISK.qcow2, and the VM's
-configuration beside them. An image that was backed up from a directory keeps
-its name. Without --format each disk is written in the format it had. Files are
-sparse; nothing is ever overwritten; a file has its name once it is complete.
+--to DIR writes each disk to DIR/DISK.EXT, and the VM's configuration beside
+them. An image that was backed up from a directory keeps its name. Without
+--format each disk is written in the format it had. Files are sparse; nothing is
+ever overwritten; a file has its name once it is complete.
+
+` + outputHelp + `
 
 --host HOST --storage DIR makes a new VM on the host, with disks in DIR, and
 leaves it stopped. To have the VM running at once use "holdfast recover".
@@ -30,6 +32,7 @@ leaves it stopped. To have the VM running at once use "holdfast recover".
 When a restore fails, what it had made is removed.`,
 		Example: `  holdfast restore web@latest --to /srv/restored
   holdfast restore 3f9c2a10 --to . --disk vda --format qcow2
+  holdfast restore db@latest --to /srv/for-hyperv --format vhdx
   holdfast restore web@latest --host qemu:///system --storage /var/lib/libvirt/images --name web-restored`,
 		Args:              args(1, 1),
 		ValidArgsFunction: a.completePoint,
@@ -46,13 +49,13 @@ When a restore fails, what it had made is removed.`,
 	f := cmd.Flags()
 	f.StringVar(&files.Dir, "to", "", "directory `DIR` to write files to; made if it is missing")
 	f.StringVar(&files.Disk, "disk", "", "only `DISK` (with --to)")
-	f.StringVar(&files.Format, "format", "", "`FORMAT` raw or qcow2 (with --to; default: as the disk was)")
+	f.StringVar(&files.Format, "format", "", "`FORMAT` to write (with --to; default: as the disk was)")
 	f.StringVar(&vm.Host, "host", "", "libvirt URI of the `HOST` to make a VM on")
 	f.StringVar(&vm.Storage, "storage", "", "directory `DIR` on that host for the VM's disks")
 	f.StringVar(&vm.Name, "name", "", "`NAME` of the new VM (with --host; default: as it was)")
 	f.BoolVar(&vm.NewIdentity, "new-identity", false, "new UUID and MAC addresses, to run beside the original (implied by --name)")
 	f.BoolVar(&vm.Isolated, "isolated", false, "leave the new VM's network interfaces unconnected (with --host)")
-	must(cmd.RegisterFlagCompletionFunc("format", choices("raw", "qcow2")))
+	must(cmd.RegisterFlagCompletionFunc("format", choices(node.OutputFormats()...)))
 	must(cmd.MarkFlagDirname("to"))
 	must(cmd.MarkFlagDirname("storage"))
 	return cmd
@@ -72,7 +75,7 @@ func exclusive(cmd *cobra.Command) error {
 			}
 		}
 		if format := f.Lookup("format").Value.String(); given("format") {
-			if err := oneOf("format", format, "raw", "qcow2"); err != nil {
+			if err := oneOf("format", format, node.OutputFormats()...); err != nil {
 				return err
 			}
 		}

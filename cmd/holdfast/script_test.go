@@ -203,6 +203,7 @@ var masks = []struct {
 	{regexp.MustCompile(`\b[0-9a-f]{2}/[0-9a-f]{64}\b`), "DIGEST"},
 	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "ID"},
 	{regexp.MustCompile(`(": )\d{8}\b`), "${1}MANY"},
+	{regexp.MustCompile(`\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b`), "GUID"},
 	{regexp.MustCompile(`\b[0-9a-f]{16}\b`), "SESSION"},
 	{regexp.MustCompile(`\b[0-9a-f]{8}\b`), "SHORTID"},
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
@@ -271,6 +272,8 @@ func (s *script) builtin(words []string) error {
 		return poke(path(1), words[2], words[3])
 	case "write":
 		return os.WriteFile(path(1), []byte(words[2]+"\n"), 0o600)
+	case "move":
+		return os.Rename(path(1), path(2))
 	case "rm":
 		return os.RemoveAll(path(1))
 	case "flip":

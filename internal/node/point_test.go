@@ -103,9 +103,14 @@ func TestFileName(t *testing.T) {
 		{"folder", "web.img", "qcow2", "", "web.img"},
 		{"folder", "web.img", "qcow2", "raw", "web.raw"},
 		{"folder", "disk", "qcow2", "", "disk.qcow2"},
+		{"folder", "web.vhdx", "vhdx", "", "web.vhdx"},
+		{"folder", "web.vhdx", "vhdx", "vhdx-fixed", "web.vhdx"},
+		{"folder", "web.vhdx", "vhdx", "vmdk-stream", "web.vmdk"},
+		{"libvirt", "vda", "qcow2", "vhd-fixed", "vda.vhd"},
 	} {
 		d := repo.Disk{ID: c.id, Format: c.was}
-		if got := fileName(repo.Point{Kind: c.kind}, d, fileFormat(d, c.asked)); got != c.name {
+		o, err := outputOf(fileFormat(d, c.asked))
+		if got := fileName(repo.Point{Kind: c.kind}, d, o); got != c.name || err != nil {
 			t.Errorf("%+v: %s", c, got)
 		}
 	}

@@ -11,9 +11,8 @@ import (
 	"strings"
 
 	"holdfast/internal/disk"
-	"holdfast/internal/hypervisor"
 	"holdfast/internal/hypervisor/folder"
-	"holdfast/internal/image/qcow2"
+	"holdfast/internal/image"
 	"holdfast/internal/mover"
 	"holdfast/internal/repo"
 )
@@ -31,7 +30,7 @@ type Restored struct {
 type FilesRequest struct {
 	Dir    string
 	Disk   string // "": all disks and the configuration
-	Format string // "raw" or "qcow2"; "": each disk's own on its host
+	Format string // of OutputFormats; "": each disk's own on its host
 }
 
 // RestoreFiles writes a restore point's disks, sparse, and its configuration
@@ -49,9 +48,11 @@ func (n *Node) RestoreFiles(ctx context.Context, p repo.Point, q FilesRequest) (
 	}
 	x := &restore{n: n, r: r, dir: q.Dir}
 	for _, d := range disks {
-		w := work{disk: d, format: fileFormat(d, q.Format)}
-		w.name = fileName(p, d, w.format)
-		x.work = append(x.work, w)
+		o, err := outputOf(fileFormat(d, q.Format))
+		if err != nil {
+			return nil, err
+		}
+		x.work = append(x.work, work{disk: d, out: &o, name: fileName(p, d, o)})
 	}
 	if q.Disk == "" {
 		for _, f := range p.Files {
@@ -94,29 +95,27 @@ func chooseDisks(p repo.Point, name string) ([]repo.Disk, error) {
 
 // fileFormat is the format that a disk is written in.
 func fileFormat(d repo.Disk, asked string) string {
-	switch {
-	case asked != "":
+	if asked != "" {
 		return asked
-	case d.Format == qcow2.Name:
-		return qcow2.Name
 	}
-	return "raw"
+	if _, err := outputOf(d.Format); err != nil {
+		return image.RawName
+	}
+	return d.Format
 }
 
 // fileName is the file that a disk is written to. A disk that was an image in
 // a folder keeps its name, but for the extension when the format differs;
 // others are named by the format.
-func fileName(p repo.Point, d repo.Disk, format string) string {
-	if p.Kind != folder.Kind {
-		return d.ID + "." + format
+func fileName(p repo.Point, d repo.Disk, o output) string {
+	ext := filepath.Ext(d.ID)
+	switch {
+	case p.Kind != folder.Kind || ext == "":
+		return d.ID + o.ext
+	case d.Format == o.name:
+		return d.ID
 	}
-	if ext := filepath.Ext(d.ID); ext != "" {
-		if d.Format == format {
-			return d.ID
-		}
-		return strings.TrimSuffix(d.ID, ext) + "." + format
-	}
-	return d.ID + "." + format
+	return strings.TrimSuffix(d.ID, ext) + o.ext
 }
 
 // restore is one RestoreFiles.
@@ -130,12 +129,21 @@ type restore struct {
 	done    []Restored
 }
 
-// work is one file to write: a disk or, if format is "", a piece of configuration.
+// work is what one file takes: a disk or, if out is nil, a piece of
+// configuration.
 type work struct {
-	name   string
-	format string
-	disk   repo.Disk
-	file   repo.File
+	name string
+	out  *output
+	disk repo.Disk
+	file repo.File
+}
+
+// data is the name of the file that the disk's content goes into.
+func (w work) data() string {
+	if w.out == nil || w.out.beside == nil {
+		return w.name
+	}
+	return strings.TrimSuffix(w.name, w.out.ext) + "-flat" + w.out.ext
 }
 
 const partial = ".partial"
@@ -145,39 +153,51 @@ func (x *restore) check(ctx context.Context) error {
 	var need int64
 	seen := map[string]bool{}
 	for _, w := range x.work {
-		if w.name == "" || filepath.Base(w.name) != w.name || !filepath.IsLocal(w.name) || seen[w.name] {
+		if w.name == "" || filepath.Base(w.name) != w.name || !filepath.IsLocal(w.name) || seen[w.name] || seen[w.data()] {
 			return fmt.Errorf("the restore point's %q cannot be the name of a file here", w.name)
 		}
-		seen[w.name] = true
-		for _, name := range []string{w.name, w.name + partial} {
-			path := filepath.Join(x.dir, name)
-			switch _, err := os.Lstat(path); {
-			case errors.Is(err, fs.ErrNotExist):
-			case err != nil:
-				return err
-			case name == w.name:
-				return fmt.Errorf("%s exists already: a restore never overwrites; name another directory", path)
-			default:
-				return fmt.Errorf("%s exists: another restore is writing it, or one that died has left it; if so, remove it", path)
-			}
+		seen[w.name], seen[w.data()] = true, true
+		if err := x.vacant(w); err != nil {
+			return err
 		}
 		size := w.file.Size
-		if w.format != "" {
+		if w.out != nil {
 			data, err := x.n.dataBytes(ctx, w.disk)
 			if err != nil {
 				return err
 			}
-			// Tables of a qcow2 image: some bytes for each cluster.
-			size = data + data>>10 + 1<<20
+			size = w.out.room(data)
 		}
 		need += size
 	}
+	return x.room(need)
+}
+
+// vacant makes sure that nothing has the names that will be made.
+func (x *restore) vacant(w work) error {
+	for _, name := range []string{w.name, w.data(), w.name + partial, w.data() + partial} {
+		path := filepath.Join(x.dir, name)
+		switch _, err := os.Lstat(path); {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return err
+		case name == w.name, name == w.data():
+			return fmt.Errorf("%s exists already: nothing is ever overwritten; choose another place", path)
+		default:
+			return fmt.Errorf("%s exists: another command is writing it, or one that died has left it; if so, remove it", path)
+		}
+	}
+	return nil
+}
+
+// room makes sure that so many bytes fit.
+func (x *restore) room(need int64) error {
 	free, err := freeBytes(existing(x.dir))
 	if err != nil {
 		return fmt.Errorf("look for space in %s: %w", x.dir, err)
 	}
 	if free >= 0 && free < need {
-		return fmt.Errorf("%s has %d MiB free, the restore needs %d MiB: name another directory, or one disk with --disk", x.dir, free>>20, need>>20+1)
+		return fmt.Errorf("%s has %d MiB free, %d MiB are needed: choose another place, or one disk with --disk", x.dir, free>>20, need>>20+1)
 	}
 	return nil
 }
@@ -242,59 +262,83 @@ func (x *restore) undo() error {
 }
 
 func (x *restore) do(ctx context.Context, w work) error {
-	path := filepath.Join(x.dir, w.name)
-	tmp := path + partial
-	var res Restored
+	r := Restored{File: filepath.Join(x.dir, w.name), Size: w.file.Size, Bytes: w.file.Size}
 	var err error
-	if w.format == "" {
-		res, err = x.file(ctx, tmp, w.file)
+	if w.out == nil {
+		err = x.make(w.name, func(path string) error { return x.file(ctx, path, w.file) })
 	} else {
-		res, err = x.disk(ctx, tmp, w)
-	}
-	if err == nil {
-		if err = rename(tmp, path); err == nil {
-			x.made = append(x.made, path)
+		r.Disk, r.Format, r.Size = w.disk.ID, w.out.name, w.disk.Size
+		var src disk.Reader
+		if src, err = x.r.OpenDisk(ctx, w.disk); err == nil {
+			r.Bytes, err = x.writeDisk(ctx, w, src, w.disk.ID)
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", w.name, err)
 	}
-	res.File = path
-	x.done = append(x.done, res)
+	x.done = append(x.done, r)
 	return nil
 }
 
-func (x *restore) file(ctx context.Context, path string, f repo.File) (Restored, error) {
-	data, err := x.r.ReadFile(ctx, f)
-	if err != nil {
-		return Restored{}, err
+// writeDisk writes a disk, which it owns, to its file or files.
+func (x *restore) writeDisk(ctx context.Context, w work, d disk.Reader, task string) (written int64, err error) {
+	size := d.Size()
+	m := &mover.Meter{}
+	end := x.n.o.Report.task(task, m)
+	defer end()
+	err = x.make(w.data(), func(path string) (err error) {
+		written, err = w.out.write(ctx, d, path, m)
+		return err
+	})
+	if err != nil || w.out.beside == nil {
+		return written, err
 	}
-	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	return written, x.make(w.name, func(path string) error {
+		text, err := w.out.beside(w.data(), size)
+		if err != nil {
+			return err
+		}
+		return writeFile(path, []byte(text))
+	})
+}
+
+// make makes a file, which has its name once it is complete.
+func (x *restore) make(name string, write func(path string) error) error {
+	path := filepath.Join(x.dir, name)
+	tmp := path + partial
+	err := write(tmp)
+	if !errors.Is(err, fs.ErrExist) { // else it is another restore's
+		x.made = append(x.made, tmp)
+	}
 	if err != nil {
-		return Restored{}, err
+		return err
+	}
+	if err := rename(tmp, path); err != nil {
+		return err
 	}
 	x.made = append(x.made, path)
+	return nil
+}
+
+func (x *restore) file(ctx context.Context, path string, f repo.File) error {
+	data, err := x.r.ReadFile(ctx, f)
+	if err != nil {
+		return err
+	}
+	return writeFile(path, data)
+}
+
+// writeFile writes a new file and makes its content durable.
+func writeFile(path string, data []byte) error {
+	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
 	_, err = out.Write(data)
 	if err == nil {
 		err = out.Sync()
 	}
-	return Restored{Size: f.Size, Bytes: f.Size}, errors.Join(err, out.Close())
-}
-
-func (x *restore) disk(ctx context.Context, path string, w work) (Restored, error) {
-	var out hypervisor.WriteCloser
-	var err error
-	if w.format == qcow2.Name {
-		out, err = qcow2.Create(path, w.disk.Size, qcow2.Options{})
-	} else {
-		out, err = disk.CreateFile(path, w.disk.Size)
-	}
-	if err != nil {
-		return Restored{}, err
-	}
-	x.made = append(x.made, path)
-	written, err := x.n.fill(ctx, out, w.disk, w.disk.ID)
-	return Restored{Disk: w.disk.ID, Format: w.format, Size: w.disk.Size, Bytes: written}, errors.Join(err, out.Close())
+	return errors.Join(err, out.Close())
 }
 
 // fill copies a restore point's disk to a new one, which reads as zeros, and

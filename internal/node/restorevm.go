@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"holdfast/internal/hypervisor"
+	"holdfast/internal/image"
+	"holdfast/internal/image/qcow2"
 	"holdfast/internal/recovery"
 	"holdfast/internal/repo"
 	"holdfast/internal/state"
@@ -119,12 +121,20 @@ func (n *Node) planVM(ctx context.Context, p repo.Point, q VMRequest) (vm hyperv
 			return vm, rec, 0, err
 		}
 		need += data
-		id, format := hypervisor.DiskID(d.ID), fileFormat(d, "")
+		id, format := hypervisor.DiskID(d.ID), hostFormat(d)
 		file := hypervisor.DiskPath(q.Storage, rec.Owner.DiskName(rec.Name, id), format)
 		vm.Disks = append(vm.Disks, hypervisor.NewDisk{ID: id, Size: d.Size, Format: format, Path: file})
 		rec.Disks = append(rec.Disks, recovery.Disk{ID: id, Size: d.Size, Files: []string{file}})
 	}
 	return vm, rec, need, nil
+}
+
+// hostFormat is the format of a disk on a host that runs QEMU.
+func hostFormat(d repo.Disk) string {
+	if d.Format == qcow2.Name {
+		return qcow2.Name
+	}
+	return image.RawName
 }
 
 // place makes the disks, fills them, and defines the VM at last.
