@@ -22,15 +22,26 @@ step() { # step NAME COMMAND...
 	echo "== $line"
 }
 
-# Packages with tests that ask for guests are those that use the lab.
+# Packages with tests that ask for guests are those that use the lab. They run
+# side by side: most of their time a guest boots, on one core each.
 lab_tests() {
-	ok=0
+	ok=0 outs= pids=
 	mkdir -p bin/lab/tests
 	for dir in $(grep -rl --include='*_test.go' 'lab\.Need(' internal test | xargs -r dirname | sort -u); do
-		out=$top/bin/lab/tests/$(echo "$dir" | tr / -).test
-		CGO_ENABLED=0 $GO test -c -o "$out" "./$dir" || { ok=1; continue; }
+		out=$top/bin/lab/tests/$(echo "$dir" | tr / -)
+		CGO_ENABLED=0 $GO test -c -o "$out.test" "./$dir" || { ok=1; continue; }
 		echo "-- $dir"
-		(cd "$dir" && $SUDO env HOLDFAST_LAB=1 HOLDFAST_BIN="$top/bin/holdfast" "$out" -test.v -test.timeout 15m -test.run "${RUN:-.}") || ok=1
+		(cd "$dir" && exec $SUDO env HOLDFAST_LAB=1 HOLDFAST_BIN="$top/bin/holdfast" \
+			"$out.test" -test.v -test.timeout 25m -test.run "${RUN:-.}" >"$out.log" 2>&1) &
+		outs="$outs $out" pids="$pids $!"
+	done
+	# What runs in the background does not get the terminal's Ctrl-C.
+	trap 'kill $pids; exit 1' INT TERM
+	for p in $pids; do wait "$p" || ok=1; done
+	trap - INT TERM
+	for out in $outs; do
+		echo "-- $(basename "$out")"
+		cat "$out.log"
 	done
 	return $ok
 }

@@ -20,6 +20,7 @@ var hostPackages = []string{
 	"nbdkit", "libnbd-bin", "fio", "mmdebstrap", "grub-pc-bin", "grub-common", "gdisk", "e2fsprogs", "util-linux",
 	"xfsprogs", "btrfs-progs", // for images on filesystems with reflinks
 	"ovmf",
+	"p7zip-full", "libvhdi-utils", "libvmdk-utils", // other readers of disk images
 }
 
 // Setup makes the machine ready for lab guests: Debian packages, libvirt
