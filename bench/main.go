@@ -76,6 +76,9 @@ func run(ctx context.Context, bin, data, out string, quick, clean bool, runs int
 		if err := b.disks(ctx, i); err != nil {
 			return err
 		}
+		if err := b.images(ctx); err != nil {
+			return err
+		}
 	}
 	if err := b.guests(ctx); err != nil {
 		return err

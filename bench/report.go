@@ -28,6 +28,11 @@ func (b *bench) report() string {
 	b.row(&s, "full backup", "backup", copied, "≤ 2.5")
 	b.row(&s, "second backup, nothing changed, read and compared", "unchanged", copied, "")
 	b.row(&s, "restore to a raw file", "restore", copied, "≤ 1.5")
+	for _, c := range conversions {
+		_, theirs, _ := three(b.times["qemu-img, "+c.name])
+		b.row(&s, "`qemu-img convert`, "+c.name, "qemu-img, "+c.name, theirs, "")
+		b.row(&s, "`holdfast image convert`, "+c.name, "holdfast, "+c.name, theirs, "≤ 1.0")
+	}
 	b.row(&s, "guest's start to its login prompt, local raw disk", "local boot", local, "")
 	b.row(&s, "guest's start to its login prompt, from the backup", "recovered boot", local, "≤ 1.15")
 	b.row(&s, "`recover` to the login prompt", "recover to login", local, "")
