@@ -200,7 +200,7 @@ func TestWrongUse(t *testing.T) {
 		{"backup " + vms + " web --consistency quantum", 2, "consistency"},
 		{"restore", 2, ""},
 		{"restore " + point, 2, "--to"},
-		{"restore " + point + " --to " + empty + " --format vmdk", 2, "format"},
+		{"restore " + point + " --to " + empty + " --format vdi", 2, "format"},
 		{"restore " + point + " --to " + empty + " --disk nosuch", 1, "nosuch"},
 		{"recover " + point, 2, "--host"},
 		{"recover " + point + " --host " + host + " --storage " + w.store + " --writes nowhere", 2, "writes"},

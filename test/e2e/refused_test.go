@@ -161,13 +161,6 @@ func TestMidBackup(t *testing.T) {
 	w.empty()
 }
 
-func (w *world) all() []cli.Point {
-	w.t.Helper()
-	var all []cli.Point
-	w.json(&all, "points")
-	return all
-}
-
 // proxy is a way to libvirt that can be cut.
 type proxy struct {
 	uri, path string

@@ -165,10 +165,17 @@ func (w *world) backup(host, vm string, more ...string) cli.Backup {
 	return all[0]
 }
 
+// points are a VM's restore points. That it has none yet is an error of the
+// command for one VM, not of that for all.
 func (w *world) points(vm string) []cli.Point {
 	w.t.Helper()
+	return slices.DeleteFunc(w.all(), func(p cli.Point) bool { return p.VM != vm })
+}
+
+func (w *world) all() []cli.Point {
+	w.t.Helper()
 	var all []cli.Point
-	w.json(&all, "points", vm)
+	w.json(&all, "points")
 	return all
 }
 

@@ -1,6 +1,7 @@
 package vhdx
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -296,7 +297,7 @@ func TestBitFlips(t *testing.T) {
 		if err := im.ReadAt(t.Context(), got, 0); err != nil {
 			return err
 		}
-		if !slices.Equal(got, want) {
+		if !bytes.Equal(got, want) {
 			return errors.New("other data")
 		}
 		return nil
