@@ -123,8 +123,22 @@ func (h *Host) stopShell(d virt.Domain) error {
 }
 
 // whileActive calls f while a QEMU holds the domain's disks, starting a shell
-// for it when the guest is stopped.
+// for it when the guest is stopped. f may be called again: a guest may stop
+// meanwhile, and libvirt has been seen to end a QEMU right after its start, when
+// it was late to notice the end of the one before.
 func (h *Host) whileActive(ctx context.Context, d virt.Domain, owned string, f func() error) error {
+	for try := 1; ; try++ {
+		err := h.whileActiveOnce(ctx, d, owned, f)
+		if try == 3 || !is(err, virt.ErrOperationInvalid) {
+			return err
+		}
+		if on, lookErr := h.active(ctx, d); on || lookErr != nil {
+			return err
+		}
+	}
+}
+
+func (h *Host) whileActiveOnce(ctx context.Context, d virt.Domain, owned string, f func() error) error {
 	on, err := h.active(ctx, d)
 	if err != nil {
 		return err

@@ -168,7 +168,9 @@ func (c *cleaner) checkpoints(ctx context.Context) error {
 			if err := c.h.deleteCheckpoint(ctx, c.d, name); err != nil {
 				return err
 			}
-			c.did = append(c.did, "deleted checkpoint "+name)
+			if did := "deleted checkpoint " + name; !slices.Contains(c.did, did) {
+				c.did = append(c.did, did)
+			}
 			if err := c.scratch(ctx, name); err != nil {
 				return err
 			}
