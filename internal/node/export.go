@@ -22,9 +22,12 @@ import (
 type output struct {
 	name string // as operators write it
 	ext  string
-	// view is the file's bytes, computed from the disk. It owns the disk, on an
-	// error too.
-	view func(ctx context.Context, d disk.Reader) (disk.Reader, error)
+	// view is the file's bytes, computed from the disk, whose sectors have so
+	// many bytes (0 for not known). It owns the disk, on an error too.
+	view func(ctx context.Context, d disk.Reader, sector int64) (disk.Reader, error)
+	// zeros is set for a file that takes less room when the disk knows its zeros
+	// beforehand.
+	zeros bool
 	// create makes a file that is filled; writes must be multiples of align.
 	create func(path string, size int64) (w hypervisor.WriteCloser, align int64, err error)
 	// stream writes the file from its beginning to its end.
@@ -43,11 +46,11 @@ var outputs = []output{
 	}},
 	{name: "qcow2-zlib", ext: ".qcow2", create: packed(qcow2.Zlib)},
 	{name: "qcow2-zstd", ext: ".qcow2", create: packed(qcow2.Zstd)},
-	{name: "vhd", ext: ".vhd", view: vhdView(vhd.Dynamic)},
+	{name: "vhd", ext: ".vhd", view: vhdView(vhd.Dynamic), zeros: true},
 	{name: "vhd-fixed", ext: ".vhd", view: vhdView(vhd.Fixed)},
-	{name: "vhdx", ext: ".vhdx", view: vhdxView(vhdx.Dynamic)},
+	{name: "vhdx", ext: ".vhdx", view: vhdxView(vhdx.Dynamic), zeros: true},
 	{name: "vhdx-fixed", ext: ".vhdx", view: vhdxView(vhdx.Fixed)},
-	{name: "vmdk", ext: ".vmdk", view: func(ctx context.Context, d disk.Reader) (disk.Reader, error) {
+	{name: "vmdk", ext: ".vmdk", zeros: true, view: func(ctx context.Context, d disk.Reader, _ int64) (disk.Reader, error) {
 		return owned(d)(vmdk.NewView(ctx, d, vmdk.ViewOptions{}))
 	}},
 	{name: "vmdk-flat", ext: ".vmdk", beside: func(data string, size int64) (string, error) {
@@ -68,15 +71,15 @@ func packed(c qcow2.Compression) func(string, int64) (hypervisor.WriteCloser, in
 	}
 }
 
-func vhdView(k vhd.Kind) func(context.Context, disk.Reader) (disk.Reader, error) {
-	return func(ctx context.Context, d disk.Reader) (disk.Reader, error) {
+func vhdView(k vhd.Kind) func(context.Context, disk.Reader, int64) (disk.Reader, error) {
+	return func(ctx context.Context, d disk.Reader, _ int64) (disk.Reader, error) {
 		return owned(d)(vhd.NewView(ctx, d, vhd.ViewOptions{Kind: k}))
 	}
 }
 
-func vhdxView(v vhdx.Variant) func(context.Context, disk.Reader) (disk.Reader, error) {
-	return func(ctx context.Context, d disk.Reader) (disk.Reader, error) {
-		return owned(d)(vhdx.NewView(ctx, d, vhdx.ViewOptions{Variant: v}))
+func vhdxView(v vhdx.Variant) func(context.Context, disk.Reader, int64) (disk.Reader, error) {
+	return func(ctx context.Context, d disk.Reader, sector int64) (disk.Reader, error) {
+		return owned(d)(vhdx.NewView(ctx, d, vhdx.ViewOptions{Variant: v, LogicalSector: sector}))
 	}
 }
 
@@ -123,11 +126,11 @@ func (o output) sectors(size int64) int64 {
 }
 
 // write writes disk d, which it owns, to a new file and makes it durable.
-// written is how many bytes that took. The file is left on an error, if it was
-// made.
-func (o output) write(ctx context.Context, d disk.Reader, path string, m *mover.Meter) (written int64, err error) {
+// sector is that of view. written is how many bytes that took. The file is left
+// on an error, if it was made.
+func (o output) write(ctx context.Context, d disk.Reader, sector int64, path string, m *mover.Meter) (written int64, err error) {
 	if o.view != nil {
-		if d, err = o.view(ctx, d); err != nil {
+		if d, err = o.view(ctx, d, sector); err != nil {
 			return 0, err
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"holdfast/internal/disk"
@@ -14,6 +15,7 @@ import (
 	"holdfast/internal/image"
 	"holdfast/internal/image/formats"
 	"holdfast/internal/image/qcow2"
+	"holdfast/internal/image/vhdx"
 	"holdfast/internal/mover"
 )
 
@@ -36,7 +38,8 @@ type opened struct {
 	format  string
 	note    string
 	known   image.Formats
-	further map[string][]string // what each file led to
+	further map[string][]string    // what each file led to
+	before  map[string]os.FileInfo // of each file, before it was opened
 }
 
 // openFolder finds out what an image is.
@@ -45,20 +48,30 @@ func openFolder(ctx context.Context, q ImageRequest) (_ *opened, err error) {
 	if err != nil {
 		return nil, err
 	}
-	dir := filepath.Dir(path)
+	dir := ""
 	if q.Folder != "" {
 		if dir, err = filepath.Abs(q.Folder); err != nil {
 			return nil, err
 		}
 	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if q.Folder == "" {
+		// The caller's own link may lead anywhere; what the image names is
+		// looked for where the image is.
+		if path, err = filepath.EvalSymlinks(path); err != nil {
+			return nil, err
+		}
+		dir = filepath.Dir(path)
+	}
 	rel, err := filepath.Rel(dir, path)
 	if err != nil || !filepath.IsLocal(rel) {
 		return nil, usage("%s is not in the folder %s", q.Path, q.Folder)
 	}
-	if _, err := os.Stat(path); err != nil {
-		return nil, err
-	}
 	o := &opened{rel: filepath.ToSlash(rel), format: q.Format, known: formats.All(), further: map[string][]string{}}
+	o.before = map[string]os.FileInfo{o.rel: info}
 	for i, f := range o.known {
 		if f.Name == qcow2.Name {
 			f = qcow2.Damaged() // what is left of an image is better than nothing
@@ -84,7 +97,7 @@ func openFolder(ctx context.Context, q ImageRequest) (_ *opened, err error) {
 }
 
 // openImage opens an image with its parents.
-func openImage(ctx context.Context, q ImageRequest, report Report) (disk.Reader, error) {
+func openImage(ctx context.Context, q ImageRequest, report Report) (*inFolder, error) {
 	o, err := openFolder(ctx, q)
 	if err != nil {
 		return nil, err
@@ -96,7 +109,7 @@ func openImage(ctx context.Context, q ImageRequest, report Report) (disk.Reader,
 	if err != nil {
 		return nil, errors.Join(err, o.s.Close())
 	}
-	return &inFolder{c, o.s}, nil
+	return &inFolder{c, o}, nil
 }
 
 // snapshot opens, of the image itself, one of its snapshots.
@@ -119,16 +132,37 @@ func (o *opened) chain(ctx context.Context) (*image.Chain, error) {
 	return o.s.OpenImage(ctx, o.known, o.rel, o.format, o.led)
 }
 
-func (o *opened) led(from, rel string) { o.further[from] = append(o.further[from], rel) }
+func (o *opened) led(from, rel string) {
+	o.further[from] = append(o.further[from], rel)
+	if info, err := os.Stat(o.s.Path(rel)); err == nil && o.before[rel] == nil {
+		o.before[rel] = info
+	}
+}
 
 // inFolder is a chain that closes its folder.
 type inFolder struct {
 	c *image.Chain
-	s *folder.Source
+	o *opened
+}
+
+// sector is that of the disk in bytes, 0 when the image does not say.
+func (d *inFolder) sector() int64 { return d.c.Layers()[0].Info().LogicalSector }
+
+// unchanged makes sure that nobody wrote to a file while it was read: what was
+// read then need not have been the disk at any time.
+func (d *inFolder) unchanged() error {
+	for rel, before := range d.o.before {
+		path := d.o.s.Path(rel)
+		now, err := os.Stat(path)
+		if err == nil && os.SameFile(now, before) && (now.Size() != before.Size() || !now.ModTime().Equal(before.ModTime())) {
+			return fmt.Errorf("%s was changed while it was read: stop what writes to it, and try again", path)
+		}
+	}
+	return nil
 }
 
 func (d *inFolder) Size() int64  { return d.c.Size() }
-func (d *inFolder) Close() error { return errors.Join(d.c.Close(), d.s.Close()) }
+func (d *inFolder) Close() error { return errors.Join(d.c.Close(), d.o.s.Close()) }
 func (d *inFolder) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return d.c.ReadAt(ctx, p, off)
 }
@@ -176,23 +210,26 @@ func (n *Node) ImageInfo(ctx context.Context, q ImageRequest) (_ ImageInfo, err 
 	c, chainErr := o.chain(ctx)
 	if chainErr == nil {
 		defer c.Close() // only read
-		info := o.info(o.rel, c.Layers()[0].Info())
-		for i, l := range c.Layers()[1:] {
-			info.Chain = append(info.Chain, o.info(c.Files()[i+1], l.Info()))
+		var chain []ImageInfo
+		for i, l := range c.Layers() {
+			chain = append(chain, o.info(c.Files()[i], l.Info(), c.Files()))
 		}
-		return info, nil
+		chain[0].Chain = chain[1:]
+		return chain[0], nil
 	}
+	clear(o.further) // of the parents that were tried
 	l, err := o.s.OpenAlone(ctx, o.known, o.rel, o.format, o.led)
 	if err != nil {
 		return ImageInfo{}, err
 	}
 	defer l.Close() // only read
-	info := o.info(o.rel, l.Info())
+	info := o.info(o.rel, l.Info(), nil)
 	info.Warnings = append(info.Warnings, chainErr.Error())
 	return info, nil
 }
 
-func (o *opened) info(rel string, i image.Info) ImageInfo {
+// info describes a file of a chain. What else the file led to are its extents.
+func (o *opened) info(rel string, i image.Info, chain []string) ImageInfo {
 	r := ImageInfo{
 		File: o.s.Path(rel), Format: i.Format, Variant: i.Variant, VirtualSize: i.Size, BlockSize: i.Block,
 		LogicalSector: i.LogicalSector, PhysicalSector: i.PhysicalSector, DiskID: i.DiskID, DataID: i.DataID,
@@ -201,16 +238,18 @@ func (o *opened) info(rel string, i image.Info) ImageInfo {
 	if rel == o.rel && o.note != "" {
 		r.Warnings = append(r.Warnings, o.note)
 	}
-	names := []string{rel}
 	if i.Parent != nil {
 		r.ParentIDs = i.Parent.IDs
 		if len(i.Parent.Names) > 0 {
 			r.Parent = i.Parent.Names[0]
 		}
-	} else {
-		names = append(names, o.further[rel]...)
 	}
-	for _, name := range names {
+	seen := map[string]bool{}
+	for _, name := range append([]string{rel}, o.further[rel]...) {
+		if seen[name] || name != rel && slices.Contains(chain, name) {
+			continue
+		}
+		seen[name] = true
 		if fi, err := os.Stat(o.s.Path(name)); err == nil {
 			r.StoredSize += fi.Size()
 		}
@@ -269,39 +308,69 @@ func (n *Node) ImageConvert(ctx context.Context, q ImageRequest, to, format stri
 	if err != nil {
 		return Restored{}, err
 	}
-	d, err := openImage(ctx, q, n.o.Report)
+	x := &restore{n: n, dir: filepath.Dir(to)}
+	w := work{out: &o, name: filepath.Base(to)}
+	if to == "" || os.IsPathSeparator(to[len(to)-1]) || w.name == "." || w.name == ".." {
+		return Restored{}, usage("%q is a directory: name the file to write", to)
+	}
+	if _, err := os.Stat(x.dir); err != nil {
+		return Restored{}, err
+	}
+	if err := x.vacant(w); err != nil {
+		return Restored{}, err
+	}
+	src, err := openImage(ctx, q, n.o.Report)
 	if err != nil {
 		return Restored{}, err
 	}
-	x := &restore{n: n, dir: filepath.Dir(to)}
-	w := work{out: &o, name: filepath.Base(to)}
-	r := Restored{File: to, Format: o.name, Size: d.Size()}
-	data, err := disk.DataBytes(d.Extents(ctx, 0, d.Size()))
-	if err == nil {
-		err = x.vacant(w)
+	r := Restored{File: to, Format: o.name, Size: src.Size()}
+	if w.sector = src.sector(); w.sector > 512 && !strings.HasPrefix(o.name, vhdx.Name) {
+		n.o.Report.note("note: the disk has sectors of %d bytes, which the format %s cannot say: a guest finds nothing on it unless its VM gives it a disk of such sectors", w.sector, o.name)
 	}
-	if err == nil {
-		err = x.room(o.room(data))
-	}
+	d, err := n.fits(ctx, x, o, src, filepath.Base(q.Path))
 	if err != nil {
-		return Restored{}, errors.Join(err, d.Close())
+		return Restored{}, err
 	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, x.undo())
 		}
 	}()
-	if data == d.Size() {
-		// It does not know its zeros. Few formats can do without knowing.
-		if d, err = n.scan(ctx, d, filepath.Base(q.Path)); err != nil {
-			return Restored{}, err
+	if r.Bytes, err = x.writeDisk(ctx, w, d, filepath.Base(q.Path)); err != nil {
+		return Restored{}, err
+	}
+	if err := src.unchanged(); err != nil {
+		return Restored{}, err
+	}
+	return r, disk.SyncDir(x.dir)
+}
+
+// maxScan bounds the disk whose zeros are looked for, in bytes, and so the
+// memory that it takes, to 128 MiB. It is the largest that any format has.
+const maxScan = 64 << 40
+
+// fits makes sure that there is room for disk d in a format, and finds its
+// zeros where it knows of none and that helps. It owns d, and on an error has
+// closed it.
+func (n *Node) fits(ctx context.Context, x *restore, o output, d disk.Reader, name string) (disk.Reader, error) {
+	const advice = "choose another place"
+	data, err := disk.DataBytes(d.Extents(ctx, 0, d.Size()))
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	err = x.room(o.room(data), advice)
+	if (err != nil || o.zeros) && data == d.Size() && data <= maxScan {
+		if d, err = n.scan(ctx, d, name); err != nil {
+			return nil, err
+		}
+		if data, err = disk.DataBytes(d.Extents(ctx, 0, d.Size())); err == nil {
+			err = x.room(o.room(data), advice)
 		}
 	}
-	r.Bytes, err = x.writeDisk(ctx, w, d, filepath.Base(q.Path))
-	if err == nil {
-		err = disk.SyncDir(x.dir)
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
 	}
-	return r, err
+	return d, nil
 }
 
 // scan finds a disk's zeros.
@@ -330,5 +399,8 @@ func (n *Node) ImageCompare(ctx context.Context, a, b ImageRequest) (differ int6
 	m := &mover.Meter{}
 	end := n.o.Report.task(strings.Join([]string{filepath.Base(a.Path), filepath.Base(b.Path)}, " and "), m)
 	defer end()
-	return mover.Compare(ctx, x, y, m)
+	if differ, err = mover.Compare(ctx, x, y, m); err != nil {
+		return 0, err
+	}
+	return differ, errors.Join(x.unchanged(), y.unchanged())
 }

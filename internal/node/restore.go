@@ -132,10 +132,11 @@ type restore struct {
 // work is what one file takes: a disk or, if out is nil, a piece of
 // configuration.
 type work struct {
-	name string
-	out  *output
-	disk repo.Disk
-	file repo.File
+	name   string
+	out    *output
+	sector int64 // of the disk, bytes; 0 when it is not known
+	disk   repo.Disk
+	file   repo.File
 }
 
 // data is the name of the file that the disk's content goes into.
@@ -170,7 +171,7 @@ func (x *restore) check(ctx context.Context) error {
 		}
 		need += size
 	}
-	return x.room(need)
+	return x.room(need, "choose another place, or one disk with --disk")
 }
 
 // vacant makes sure that nothing has the names that will be made.
@@ -190,14 +191,14 @@ func (x *restore) vacant(w work) error {
 	return nil
 }
 
-// room makes sure that so many bytes fit.
-func (x *restore) room(need int64) error {
+// room makes sure that so many bytes fit; advice is what to do otherwise.
+func (x *restore) room(need int64, advice string) error {
 	free, err := freeBytes(existing(x.dir))
 	if err != nil {
 		return fmt.Errorf("look for space in %s: %w", x.dir, err)
 	}
 	if free >= 0 && free < need {
-		return fmt.Errorf("%s has %d MiB free, %d MiB are needed: choose another place, or one disk with --disk", x.dir, free>>20, need>>20+1)
+		return fmt.Errorf("%s has %d MiB free, %d MiB are needed: %s", x.dir, free>>20, need>>20+1, advice)
 	}
 	return nil
 }
@@ -282,24 +283,23 @@ func (x *restore) do(ctx context.Context, w work) error {
 
 // writeDisk writes a disk, which it owns, to its file or files.
 func (x *restore) writeDisk(ctx context.Context, w work, d disk.Reader, task string) (written int64, err error) {
-	size := d.Size()
+	var text string
+	if w.out.beside != nil { // refused before the disk is written
+		if text, err = w.out.beside(w.data(), d.Size()); err != nil {
+			return 0, errors.Join(err, d.Close())
+		}
+	}
 	m := &mover.Meter{}
 	end := x.n.o.Report.task(task, m)
 	defer end()
 	err = x.make(w.data(), func(path string) (err error) {
-		written, err = w.out.write(ctx, d, path, m)
+		written, err = w.out.write(ctx, d, w.sector, path, m)
 		return err
 	})
 	if err != nil || w.out.beside == nil {
 		return written, err
 	}
-	return written, x.make(w.name, func(path string) error {
-		text, err := w.out.beside(w.data(), size)
-		if err != nil {
-			return err
-		}
-		return writeFile(path, []byte(text))
-	})
+	return written, x.make(w.name, func(path string) error { return writeFile(path, []byte(text)) })
 }
 
 // make makes a file, which has its name once it is complete.
