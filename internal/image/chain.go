@@ -55,6 +55,9 @@ func (formats Formats) openParent(ctx context.Context, c *Chain, child link, res
 	var errs []error
 	for _, name := range child.info.Parent.Names {
 		f, err := resolve(ctx, child.name, name)
+		if err == nil && child.info.Parent.IDs == nil {
+			err = InPlace(child.name, name, f)
+		}
 		if err != nil {
 			errs = append(errs, err)
 			continue

@@ -32,6 +32,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 	"path"
 	"strings"
@@ -130,6 +131,21 @@ type File struct {
 	// Name are one file. It appears in errors.
 	Name string
 	Disk disk.Reader // its bytes
+	// Moved is set by a Resolver that has found the file by its name alone, not
+	// where the image says that it is. It counts only where an id tells that it
+	// is the file that was meant.
+	Moved bool
+}
+
+// InPlace refuses a file that was found elsewhere than the image called from
+// says, with its name: for files that no id tells from another of that name.
+// On an error f's Disk has been closed.
+func InPlace(from, name string, f File) error {
+	if !f.Moved {
+		return nil
+	}
+	return errors.Join(fmt.Errorf("%w: %s names %.200q, which is not there; %s has that name, but nothing tells that it is the same: put it where it was",
+		fs.ErrNotExist, from, name, f.Name), f.Disk.Close())
 }
 
 // Resolver opens the file that the image called from names as name. It alone

@@ -190,3 +190,67 @@ func TestVMwareFolder(t *testing.T) {
 		t.Errorf("without its extent: %v", err)
 	}
 }
+
+// TestNamesake: a file that has the right name in another directory is not
+// taken where no id tells that it is the right one.
+func TestNamesake(t *testing.T) {
+	dir := t.TempDir()
+	base := filepath.Join(dir, "db/base/root.qcow2")
+	full(t, base, make([]byte, 1<<20))
+	overlay(t, filepath.Join(dir, "db/top.qcow2"), 1<<20, "base/root.qcow2", "qcow2")
+	flat := filepath.Join(dir, "app/app-flat.vmdk")
+	raw(t, flat, 1<<20)
+	ok(t, os.WriteFile(filepath.Join(dir, "app/app.vmdk"), []byte("# Disk DescriptorFile\nversion=1\nCID=0000000a\nparentCID=ffffffff\n"+
+		"createType=\"monolithicFlat\"\nRW 2048 FLAT \"app-flat.vmdk\" 0\n"), 0o600))
+	s := open(t, dir)
+	for _, name := range []string{"db", "app"} {
+		p, err := snap(t, s, name, hypervisor.SnapshotOptions{})
+		ok(t, err)
+		commit(t, p)
+	}
+	for _, path := range []string{base, flat} {
+		old := filepath.Join(filepath.Dir(path), "old")
+		if path == base {
+			old = filepath.Join(dir, "db/old")
+		}
+		ok(t, os.Mkdir(old, 0o755))
+		ok(t, os.Rename(path, filepath.Join(old, filepath.Base(path))))
+	}
+	if got := listing(t, s); got != "app: app.vmdk; db: root.qcow2, top.qcow2" {
+		t.Error(got)
+	}
+	for _, name := range []string{"db", "app"} {
+		if _, err := snap(t, s, name, hypervisor.SnapshotOptions{}); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestOnlyParentsAreHidden: of the files that may be a checkpoint's parent the
+// others are disks of their own.
+func TestOnlyParentsAreHidden(t *testing.T) {
+	dir := t.TempDir()
+	d := disk.NewMem(4 << 20)
+	vhdxFile(t, filepath.Join(dir, "mail/Disks/mail.vhdx"), d, 1)
+	vhdxFile(t, filepath.Join(dir, "mail/Snapshots/mail.vhdx"), d, 3)
+	checkpoint := filepath.Join(dir, "mail/Snapshots/mail_0F5C1C0E-7C8E-4B8C-9F1E-0D5E3B3C9A11.avhdx")
+	differing(t, checkpoint, vhdxFile(t, checkpoint, d, 2), 1, `..\Disks\mail.vhdx`, `C:\VMs\mail.vhdx`)
+	if got := listing(t, open(t, dir)); got != "mail: mail.vhdx, mail_0F5C1C0E-7C8E-4B8C-9F1E-0D5E3B3C9A11.avhdx" {
+		t.Error(got)
+	}
+}
+
+// TestGuestHidesNothing: what a guest writes into a disk that a descriptor
+// names is no image that needs others.
+func TestGuestHidesNothing(t *testing.T) {
+	dir := t.TempDir()
+	full(t, filepath.Join(dir, "db/root.qcow2"), make([]byte, 1<<20))
+	ok(t, os.Mkdir(filepath.Join(dir, "app"), 0o755))
+	overlay(t, filepath.Join(dir, "app/data.vmdk"), 1<<20, "../db/root.qcow2", "qcow2")
+	ok(t, os.Truncate(filepath.Join(dir, "app/data.vmdk"), 1<<20))
+	ok(t, os.WriteFile(filepath.Join(dir, "app/app.vmdk"), []byte("# Disk DescriptorFile\nversion=1\nCID=0000000a\nparentCID=ffffffff\n"+
+		"createType=\"monolithicFlat\"\nRW 2048 FLAT \"data.vmdk\" 0\n"), 0o600))
+	if got := listing(t, open(t, dir)); got != "app: app.vmdk; db: root.qcow2" {
+		t.Error(got)
+	}
+}

@@ -30,14 +30,16 @@
 // ones. So it cannot decide alone what its disk is:
 //
 //	.qcow2 .vhdx .avhdx .vhd .avhd .vmdk
-//	            what the content says, as long as it is one of these formats
+//	            what the content says, as long as it is one of these formats,
+//	            and the one of the name if it names another file
 //	.raw .dd    raw, whatever the content; a note if it looks like another format
 //	.img        raw; or what the content says, if that names no other file
 //	others      what the content says, if that names no other file, else no image
 //
 // An image's parents and extents are opened only inside the folder, by relative
-// names or absolute ones that lead into it; when a file is not where the image
-// says, by its name among the VM's files. All files are opened through an os.Root.
+// names or absolute ones that lead into it; when a parent with an id is not where
+// the image says, by its name among the VM's files. All files are opened through
+// an os.Root.
 //
 // # Images in use
 //
@@ -199,14 +201,14 @@ func (s *Source) file(rel string) (image.File, error) {
 // locate is where a file is that the image called from names. When it is not
 // where the image says, the one file of its name counts that its VM has: an
 // export puts checkpoints and disks into other directories than they were in,
-// and Windows does not mind upper and lower case.
-func (s *Source) locate(from, name string) (string, error) {
+// which is moved, and Windows does not mind upper and lower case.
+func (s *Source) locate(from, name string) (at string, moved bool, err error) {
 	rel, err := s.place(from, name)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	if _, err := s.root.Lstat(filepath.FromSlash(rel)); err == nil {
-		return rel, nil
+		return rel, false, nil
 	}
 	var found []string
 	look := func(at string, e fs.DirEntry) error {
@@ -227,9 +229,9 @@ func (s *Source) locate(from, name string) (string, error) {
 		}
 	}
 	if err == nil && len(found) == 1 {
-		return found[0], nil
+		return found[0], path.Dir(found[0]) != path.Dir(rel), nil
 	}
-	return rel, err
+	return rel, false, err
 }
 
 // place is where an image says that a file is.

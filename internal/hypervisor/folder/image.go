@@ -57,13 +57,15 @@ func (s *Source) OpenAlone(ctx context.Context, known image.Formats, rel, format
 // resolver opens files of the folder.
 func (s *Source) resolver(opened func(from, rel string)) image.Resolver {
 	return func(_ context.Context, from, name string) (image.File, error) {
-		rel, err := s.locate(from, name)
+		rel, moved, err := s.locate(from, name)
 		if err != nil {
 			return image.File{}, err
 		}
 		if opened != nil {
 			opened(from, rel)
 		}
-		return s.file(rel)
+		f, err := s.file(rel)
+		f.Moved = moved
+		return f, err
 	}
 }

@@ -55,7 +55,10 @@ type img struct {
 	excluded string   // why it is not backed up
 	err      error    // why it cannot be
 	refused  bool     // its format is not certain
-	needs    []string // backing and data files
+	needs    []string // extents and data files
+	dataID   string   // as in image.Info
+	parents  []string // files that may be the parent, the best first
+	ids      []string // of the parent's dataID; nil for none
 }
 
 // kind is what a file's name says that it is: the name of a format, or one of
@@ -319,30 +322,50 @@ func (s *Source) inspect(ctx context.Context, m *img, as kind, d disk.Reader) bo
 	}
 	defer l.Close() // only read
 	info := l.Info()
-	m.size = info.Size
+	m.size, m.dataID = info.Size, info.DataID
 	if info.Parent != nil {
+		m.ids = info.Parent.IDs
 		for _, name := range info.Parent.Names {
-			if rel, err := s.locate(m.rel, name); err == nil { // else opening says why not
-				m.needs = append(m.needs, rel)
+			// Else opening says why not.
+			if rel, moved, err := s.locate(m.rel, name); err == nil && !(moved && m.ids == nil) {
+				m.parents = append(m.parents, rel)
 			}
 		}
 	}
-	if !as.certain() && (info.Parent != nil || len(m.needs) > 0) {
+	if string(as) != m.format && (info.Parent != nil || len(m.needs) > 0) {
 		m.err = fmt.Errorf("%w: %s looks like a %s image that needs another file, but its guest may have written that: rename it to end in .%s if it is one, else in .raw",
 			image.ErrFormat, s.at(m.rel), mark, mark)
-		m.needs, m.refused = nil, true
+		m.needs, m.parents, m.refused = nil, nil, true
 	}
 	return true
+}
+
+// needed are the files that an image needs: of those that may be its parent,
+// the one that is. When none is, opening says so, whichever it was to be.
+func (m img) needed(dataID map[string]string) []string {
+	for _, rel := range m.parents {
+		id, there := dataID[rel]
+		if there && (m.ids == nil || slices.ContainsFunc(m.ids, func(want string) bool { return strings.EqualFold(want, id) })) {
+			return append(m.needs, rel)
+		}
+	}
+	return append(m.needs, m.parents...)
 }
 
 // withoutParents removes images that others need, and VMs left without any.
 // Images that need one another in a circle stay: somebody has to hear of it.
 func withoutParents(found []vm) []vm {
+	dataID := map[string]string{}
+	for _, v := range found {
+		for _, m := range v.images {
+			dataID[m.rel] = m.dataID
+		}
+	}
 	needs, needed := map[string][]string{}, map[string]bool{}
 	for _, v := range found {
 		for _, m := range v.images {
-			needs[m.rel] = m.needs
-			for _, rel := range m.needs {
+			needs[m.rel] = m.needed(dataID)
+			for _, rel := range needs[m.rel] {
 				needed[rel] = true
 			}
 		}

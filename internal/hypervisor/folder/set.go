@@ -107,14 +107,16 @@ func (g growing) Extents(_ context.Context, off, n int64) disk.Extents {
 
 // resolve is the image.Resolver: files in the folder, and nothing else.
 func (t *set) resolve(_ context.Context, from, name string) (image.File, error) {
-	rel, err := t.src.locate(from, name)
+	rel, moved, err := t.src.locate(from, name)
 	if err != nil {
 		return image.File{}, err
 	}
 	if t.files[rel] == nil && t.cloned() {
 		return image.File{}, fmt.Errorf("%s names %s since just now", from, rel)
 	}
-	return t.open(rel)
+	f, err := t.open(rel)
+	f.Moved = moved
+	return f, err
 }
 
 func (t *set) cloned() bool {

@@ -157,7 +157,13 @@ func open(ctx context.Context, f image.File, resolve image.Resolver, damaged boo
 		if h.dataFile == "" {
 			return nil, bad("header: it keeps its data in another file and does not name it")
 		}
+		if resolve == nil {
+			return nil, fmt.Errorf("%w: its data file, and no other file can be opened here", image.ErrOutside)
+		}
 		d, err := resolve(ctx, f.Name, h.dataFile)
+		if err == nil {
+			err = image.InPlace(f.Name, h.dataFile, d)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("open its data file: %w", err)
 		}

@@ -299,6 +299,9 @@ func (o *opener) file(ctx context.Context, name string) (*opened, error) {
 		return nil, fmt.Errorf("%w: no other file can be opened here", image.ErrOutside)
 	}
 	f, err := o.resolve(ctx, o.self, name)
+	if err == nil {
+		err = image.InPlace(o.self, name, f)
+	}
 	if err != nil {
 		return nil, err
 	}
