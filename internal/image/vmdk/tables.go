@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"holdfast/internal/disk"
 	"holdfast/internal/image"
@@ -86,6 +87,51 @@ func (t *tables) checkPlace(what string, off, n int64) error {
 	for _, s := range t.fixed {
 		if s.overlaps(off, n) {
 			return bad("%s: at offset %d it overlaps the %s", what, off, s.what)
+		}
+	}
+	return nil
+}
+
+const (
+	// dirPiece is how much of a directory is read at once when all of it is.
+	dirPiece = 256 << 10
+	// maxTables bounds the tables of an extent, of which Open remembers the
+	// places: 64 MiB. A seSparse extent of 64 TiB has half as many.
+	maxTables = 8 << 20
+)
+
+// checkTables reads the directory, holes of the file aside, and refuses tables
+// that overlap: what they describe would be on the disk twice, and a small file
+// could describe a disk without end. A table that cannot be is an error when it
+// is asked for.
+func (t *tables) checkTables(ctx context.Context) error {
+	var places []int64
+	buf := make([]byte, min(dirPiece, t.dirLen()*t.width))
+	dir := disk.Align(t.file.Extents(ctx, t.dir, t.dirLen()*t.width), t.width, t.file.Size())
+	for x, err := range disk.Clip(dir, t.dir, t.dirLen()*t.width) {
+		for off := x.Off; err == nil && !x.Zero && off < x.End(); {
+			b := buf[:min(int64(len(buf)), x.End()-off)]
+			if err = t.file.ReadAt(ctx, b, off); err != nil {
+				break
+			}
+			off += int64(len(b))
+			for ; int64(len(b)) >= t.width; b = b[t.width:] {
+				if at, ok, bad := t.place(t.word(b)); ok && bad == nil {
+					places = append(places, at)
+				}
+			}
+			if len(places) > maxTables {
+				err = unsupported("more than %d grain tables", maxTables)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("grain directory at offset %d: %w", t.dir, err)
+		}
+	}
+	slices.Sort(places)
+	for i := 1; i < len(places); i++ {
+		if places[i] < places[i-1]+t.perGT*t.width {
+			return bad("grain directory at offset %d: the grain tables at %d and %d overlap", t.dir, places[i-1], places[i])
 		}
 	}
 	return nil

@@ -191,6 +191,9 @@ func (im *Image) openEmbedded(ctx context.Context, f image.File, head []byte) er
 		return unsupported("descriptor: %d extents, the first of kind %s, in a sparse file that can hold but one", len(d.extents), d.extents[0].kind)
 	}
 	m, warnings, err := im.newHosted(ctx, f.Disk, h, 0)
+	if err == nil {
+		err = checkTables(ctx, m)
+	}
 	if err != nil {
 		return err
 	}
@@ -329,17 +332,32 @@ func (im *Image) openSparse(ctx context.Context, f disk.Reader, kind string, ind
 	if err := f.ReadAt(ctx, head, 0); err != nil {
 		return nil, nil, fmt.Errorf("read header: %w", err)
 	}
+	var m mapper
+	var warnings []string
+	var err error
 	switch kind {
 	case kindVMFSSparse:
-		return im.newCOWD(f, head, index)
+		m, warnings, err = im.newCOWD(f, head, index)
 	case kindSESparse:
-		return im.newSESparse(ctx, f, head, index)
+		m, warnings, err = im.newSESparse(ctx, f, head, index)
+	default:
+		var h *hosted
+		if h, err = parseHosted(head, f.Size()); err == nil {
+			m, warnings, err = im.newHosted(ctx, f, h, index)
+		}
 	}
-	h, err := parseHosted(head, f.Size())
-	if err != nil {
-		return nil, nil, err
+	if err == nil {
+		err = checkTables(ctx, m)
 	}
-	return im.newHosted(ctx, f, h, index)
+	return m, warnings, err
+}
+
+// checkTables is that of extents that have a directory.
+func checkTables(ctx context.Context, m mapper) error {
+	if t, ok := m.(*tables); ok {
+		return t.checkTables(ctx)
+	}
+	return nil
 }
 
 // Info describes the image. Its Size is whole sectors, not always grains.
