@@ -125,7 +125,7 @@ func (t *task) afterCommit(ctx context.Context, p *repo.Point) {
 
 // disk stores one disk of the snapshot.
 func (t *task) disk(ctx context.Context, d hypervisor.Disk) (repo.Disk, error) {
-	saved := repo.Disk{ID: string(d.ID), Size: d.Size, Format: d.Format, Path: d.Path}
+	saved := repo.Disk{ID: string(d.ID), Size: d.Size, Format: d.Format, Sector: d.Sector, Path: d.Path}
 	src, err := t.snapshot.Open(ctx, d.ID)
 	if err != nil {
 		return saved, err

@@ -56,6 +56,7 @@ type Disk struct {
 	ID     DiskID
 	Size   int64  // virtual size, bytes
 	Format string // of the file that holds it: "raw", "qcow2"
+	Sector int64  // of the disk, logical, bytes; 0 when the host does not say
 	Path   string // where the host keeps it, for the operator's eyes
 	// Excluded says why the disk is not backed up (a CD-ROM, an empty drive).
 	Excluded string

@@ -324,9 +324,8 @@ func (n *Node) ImageConvert(ctx context.Context, q ImageRequest, to, format stri
 		return Restored{}, err
 	}
 	r := Restored{File: to, Format: o.name, Size: src.Size()}
-	if w.sector = src.sector(); w.sector > 512 && !strings.HasPrefix(o.name, vhdx.Name) {
-		n.o.Report.note("note: the disk has sectors of %d bytes, which the format %s cannot say: a guest finds nothing on it unless its VM gives it a disk of such sectors", w.sector, o.name)
-	}
+	w.sector = src.sector()
+	n.noteSectors(filepath.Base(q.Path), w.sector, o)
 	d, err := n.fits(ctx, x, o, src, filepath.Base(q.Path))
 	if err != nil {
 		return Restored{}, err
@@ -343,6 +342,13 @@ func (n *Node) ImageConvert(ctx context.Context, q ImageRequest, to, format stri
 		return Restored{}, err
 	}
 	return r, disk.SyncDir(x.dir)
+}
+
+// noteSectors says when a format loses what the guest has to know of its disk.
+func (n *Node) noteSectors(name string, sector int64, o output) {
+	if sector > 512 && !strings.HasPrefix(o.name, vhdx.Name) {
+		n.o.Report.note("note: %s has sectors of %d bytes, which the format %s cannot say: a guest finds nothing on it unless its VM gives it a disk of such sectors", name, sector, o.name)
+	}
 }
 
 // maxScan bounds the disk whose zeros are looked for, in bytes, and so the

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -63,6 +64,35 @@ func TestConvertKeepsSectors(t *testing.T) {
 	}
 	if len(notes) != 1 || !strings.Contains(notes[0], "4096") {
 		t.Errorf("notes: %q", notes)
+	}
+}
+
+// So it is when it comes back from a restore point.
+func TestRestoreKeepsSectors(t *testing.T) {
+	src, dir := place(t, "a.vhdx", 4096), t.TempDir()
+	n := New(Options{
+		Repo: filepath.Join(dir, "repo"), State: filepath.Join(dir, "state"),
+		Passphrase: func(context.Context, bool) ([]byte, error) { return []byte("a passphrase"), nil },
+	})
+	defer n.Close()
+	if _, err := n.Init(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	results, err := n.Backup(t.Context(), BackupRequest{Host: filepath.Dir(src)})
+	if err != nil || len(results) != 1 || results[0].Err != nil {
+		t.Fatal(results, err)
+	}
+	p, err := n.Point(t.Context(), "a@latest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := n.RestoreFiles(t.Context(), p, FilesRequest{Dir: filepath.Join(dir, "to")})
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	i, err := n.ImageInfo(t.Context(), ImageRequest{Path: files[0].File})
+	if err != nil || i.LogicalSector != 4096 {
+		t.Errorf("%+v, %v", i, err)
 	}
 }
 

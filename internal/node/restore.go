@@ -52,7 +52,8 @@ func (n *Node) RestoreFiles(ctx context.Context, p repo.Point, q FilesRequest) (
 		if err != nil {
 			return nil, err
 		}
-		x.work = append(x.work, work{disk: d, out: &o, name: fileName(p, d, o)})
+		x.work = append(x.work, work{disk: d, out: &o, sector: d.Sector, name: fileName(p, d, o)})
+		n.noteSectors(d.ID, d.Sector, o)
 	}
 	if q.Disk == "" {
 		for _, f := range p.Files {

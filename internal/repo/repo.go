@@ -71,8 +71,9 @@ type Point struct {
 // Disk is one disk of a Point.
 type Disk struct {
 	ID         string `json:"id"`
-	Size       int64  `json:"size"`   // bytes
-	Format     string `json:"format"` // on the host at that time
+	Size       int64  `json:"size"`             // bytes
+	Format     string `json:"format"`           // on the host at that time
+	Sector     int64  `json:"sector,omitempty"` // logical, as the guest knew it, bytes; 0 when the host did not say
 	Path       string `json:"path"`
 	Root       Root   `json:"root"`
 	FullReason string `json:"full_reason,omitempty"` // why it was read whole

@@ -154,7 +154,7 @@ func (s *Source) vm(v vm) hypervisor.VM {
 	r := hypervisor.VM{ID: s.id(v), Name: v.name, Kind: Kind, Host: s.name, State: hypervisor.Stopped}
 	for _, m := range v.images {
 		r.Disks = append(r.Disks, hypervisor.Disk{
-			ID: m.id, Size: m.size, Format: m.format,
+			ID: m.id, Size: m.size, Format: m.format, Sector: m.sector,
 			Path: s.at(m.rel), Excluded: m.excluded,
 		})
 	}

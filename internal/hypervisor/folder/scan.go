@@ -51,6 +51,7 @@ type img struct {
 	id       hypervisor.DiskID
 	format   string
 	size     int64 // of the virtual disk; 0 if err
+	sector   int64 // of the disk, bytes; 0 when the format does not say
 	note     string
 	excluded string   // why it is not backed up
 	err      error    // why it cannot be
@@ -322,7 +323,7 @@ func (s *Source) inspect(ctx context.Context, m *img, as kind, d disk.Reader) bo
 	}
 	defer l.Close() // only read
 	info := l.Info()
-	m.size, m.dataID = info.Size, info.DataID
+	m.size, m.sector, m.dataID = info.Size, info.LogicalSector, info.DataID
 	if info.Parent != nil {
 		m.ids = info.Parent.IDs
 		for _, name := range info.Parent.Names {
