@@ -164,6 +164,10 @@ sparse; it has its name once it is complete; nothing is ever overwritten.
 	return cmd
 }
 
+// maxExtents bounds a map, which is held in memory: an image of a few MiB may
+// describe a disk of any size.
+const maxExtents = 4 << 20
+
 // extent is a line of image map.
 type extent struct {
 	Start  int64 `json:"start"`
@@ -193,6 +197,9 @@ func (a *app) imageMap() *cobra.Command {
 			for e, err := range extents {
 				if err != nil {
 					return err
+				}
+				if len(all) == maxExtents {
+					return fmt.Errorf("the disk has more than %d extents: a map of it helps nobody", maxExtents)
 				}
 				all = append(all, extent{e.Off, e.Len, e.Zero})
 			}
