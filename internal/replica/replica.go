@@ -17,7 +17,8 @@
 //
 // Every chunk is authenticated when it is read from the source, and decoded
 // and compared before it is sealed for the target. Each pack is read back
-// from the target and must have the digest that it was given, before it counts. Before the
+// from the target before it counts: all of it, which must have the digest that
+// it was given, or a sample, as the job says. Before the
 // commit the new map is compared with the source's wherever they were not
 // equal by their base: zeros where there are zeros, a present chunk where there
 // is one; and of a sample of chunks, of the base's part too, the source's bytes
@@ -57,6 +58,9 @@ type Job struct {
 	From, To *repo.Repo
 	State    *state.Dir
 	Points   []repo.Point // of From, in the order in which to copy them
+	// ReadBack of what is sent; "" is all. Over a slow link, and where reading
+	// costs money, a sample halves what passes.
+	ReadBack repo.ReadBack
 	Watch    Watch
 }
 

@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -96,7 +97,7 @@ func (t *task) open(ctx context.Context) error {
 	if t.write, err = t.job.To.Begin(ctx, t.session); err != nil {
 		return fmt.Errorf("begin in the target: %w", err)
 	}
-	t.write.ReadBack()
+	t.write.ReadBack(cmp.Or(t.job.ReadBack, repo.ReadAll))
 	there, err := targetPoints(ctx, t.job.To)
 	if err != nil {
 		return err

@@ -59,7 +59,13 @@ func newWorld(t testing.TB) *world {
 	w := &world{t: t, rng: rand.New(rand.NewPCG(seed, 1)), from: repotest.Store(t), to: repotest.Other(t),
 		vms: map[string]*vm{}, want: map[repo.PointID]content{}}
 	var err error
-	if w.state, err = state.Open(t.TempDir()); err != nil {
+	dir := t.TempDir()
+	// In memory where that is to be had: what is synced here need not last.
+	if shm, err := os.MkdirTemp("/dev/shm", "holdfast-test-"); err == nil {
+		dir = shm
+		t.Cleanup(func() { os.RemoveAll(shm) })
+	}
+	if w.state, err = state.Open(dir); err != nil {
 		t.Fatal(err)
 	}
 	return w

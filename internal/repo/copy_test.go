@@ -29,21 +29,19 @@ func TestReadBack(t *testing.T) {
 	mem := new(blob.Mem)
 	create(t, mem)
 	content := image(rng(t), 20*ChunkSize)
-	for _, back := range []bool{false, true} {
+	for _, back := range []ReadBack{ReadNothing, ReadAll} {
 		store := &lossy{Mem: mem.Clone()}
 		r := reopen(t, store)
 		run, err := r.Begin(ctx, RandomID())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if back {
-			run.ReadBack()
-		}
+		run.ReadBack(back)
 		p, err := saveIn(run, "web", content, nil, nil)
 		if err := run.Close(); err != nil {
 			t.Fatal(err)
 		}
-		if !back {
+		if back == ReadNothing {
 			if err != nil || differs(r, p, content) == nil {
 				t.Fatal("the damage does not show", err)
 			}
@@ -58,6 +56,42 @@ func TestReadBack(t *testing.T) {
 		}
 		equal(t, reopen(t, store.Mem), p, content)
 		clean(t, reopen(t, store.Mem), true)
+	}
+}
+
+// A sample finds a pack that is cut short, or not there, and takes a good one.
+func TestReadBackSample(t *testing.T) {
+	mem := new(blob.Mem)
+	r := create(t, mem)
+	run, err := r.Begin(ctx, RandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	run.ReadBack(ReadSample)
+	content := image(rng(t), 40*ChunkSize)
+	p, err := saveIn(run, "web", content, nil, nil)
+	if err := errors.Join(err, run.Close()); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, r, p, content)
+	for d := range r.current().indexes {
+		packs, err := r.readIndex(ctx, d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range packs {
+			if err := r.provePart(ctx, k); err != nil {
+				t.Error(err)
+			}
+			mem.Damage(packName(k.Name), func(b []byte) []byte { return b[:len(b)-1] })
+			if err := r.provePart(ctx, k); !errors.Is(err, ErrDamaged) {
+				t.Errorf("cut short: %v", err)
+			}
+			mem.Damage(packName(k.Name), func(b []byte) []byte { return make([]byte, k.Size) })
+			if err := r.provePart(ctx, k); !errors.Is(err, ErrDamaged) {
+				t.Errorf("emptied: %v", err)
+			}
+		}
 	}
 }
 

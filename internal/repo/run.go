@@ -43,11 +43,12 @@ type Run struct {
 	fail  context.CancelCauseFunc
 	beats sync.WaitGroup
 
-	slots   chan struct{}
-	proving chan struct{} // places for packs being read back; nil when none is
-	storing sync.WaitGroup
-	nodes   *packer
-	files   *packer
+	slots    chan struct{}
+	readBack ReadBack
+	proving  chan struct{} // places for packs being read back
+	storing  sync.WaitGroup
+	nodes    *packer
+	files    *packer
 
 	announcing sync.Mutex // held while index objects are made; before mu
 
