@@ -83,10 +83,10 @@ const (
 
 // Result is what became of one point.
 type Result struct {
-	Point repo.PointID `json:"point"`
+	Point repo.PointID `json:"point,omitempty"`
 	VM    string       `json:"vm"`
 	Host  string       `json:"host"`
-	Time  time.Time    `json:"time"`
+	Time  time.Time    `json:"time,omitzero"`
 	State State        `json:"state"`
 	// Base is the point from which the differences were taken; "" without one.
 	Base repo.PointID `json:"base,omitempty"`
