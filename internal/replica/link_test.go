@@ -297,6 +297,9 @@ func TestSlowLink(t *testing.T) {
 // A copy that dies without a word loses ten minutes of sending and what was
 // under way, not all.
 func TestKilledOverSlowLink(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it sends 150 MiB")
+	}
 	bubble(t, func(t *testing.T) {
 		fromStore, toStore := repotest.Store(t), repotest.Other(t)
 		from := repotest.Open(t, fromStore)
