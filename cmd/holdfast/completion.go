@@ -96,6 +96,13 @@ func (a *app) completePoints(args []string, offer func(pointView) []string) ([]s
 	}), cobra.ShellCompDirectiveNoFileComp
 }
 
+// completeVMsAndPoints offers both, any number of times.
+func (a *app) completeVMsAndPoints(_ *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	return a.completePoints(nil, func(p pointView) []string {
+		return []string{p.VM, p.VM + "@latest", short(p.ID) + "\t" + p.VM + ", " + clock(p.Time)}
+	})
+}
+
 // completeSession offers the ids of sessions.
 func (a *app) completeSession(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 {

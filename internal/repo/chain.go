@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -74,6 +75,7 @@ type state struct {
 	digest     [32]byte // of entry head, or of config
 	points     map[PointID]Point
 	order      []PointID
+	forgotten  map[PointID]bool
 	indexes    map[[32]byte]bool // live index objects
 	over       map[string]kind   // leases: committed or revoked
 	quarantine map[[32]byte]bool // packs
@@ -86,7 +88,7 @@ type state struct {
 }
 
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, indexes: map[[32]byte]bool{},
+	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]bool{}, indexes: map[[32]byte]bool{},
 		over: map[string]kind{}, quarantine: map[[32]byte]bool{}, bad: map[badKey]bool{}}
 }
 
@@ -143,12 +145,17 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
 		}
+		if s.forgotten[e.Point.ID] { // it was copied here once more
+			s.order = slices.DeleteFunc(s.order, func(id PointID) bool { return id == e.Point.ID })
+			delete(s.forgotten, e.Point.ID)
+		}
 		s.points[e.Point.ID] = *e.Point
 		s.order = append(s.order, e.Point.ID)
 		s.over[c.Lease] = k
 	case kindForget:
 		for _, id := range e.Points {
 			delete(s.points, id)
+			s.forgotten[id] = true
 		}
 	case kindRevoke:
 		s.over[c.Lease] = k
@@ -352,6 +359,7 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 func (s *state) clone() *state {
 	c := *s
 	c.points, c.indexes, c.over = cloneMap(s.points), cloneMap(s.indexes), cloneMap(s.over)
+	c.forgotten = cloneMap(s.forgotten)
 	c.quarantine, c.bad = cloneMap(s.quarantine), cloneMap(s.bad)
 	c.order = append([]PointID(nil), s.order...)
 	return &c

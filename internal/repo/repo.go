@@ -61,6 +61,7 @@ type Point struct {
 	Session       string    `json:"session"`                  // the run that made it
 	Reference     string    `json:"reference,omitempty"`      // reference point; "" when there is none
 	ReferenceNote string    `json:"reference_note,omitempty"` // why there is none
+	CopiedFrom    string    `json:"copied_from,omitempty"`    // id of the repository that it was copied from; "" for one made here
 	Disks         []Disk    `json:"disks"`
 	Files         []File    `json:"files"`
 	ReadBytes     int64     `json:"read_bytes"`   // read from the host for this point
