@@ -9,6 +9,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -82,7 +84,7 @@ func (r *Repo) learn(ctx context.Context) error {
 	}
 	u := rings.open(old.root)
 	if (u == nil || rings.newest() > u.number) && len(r.secret) > 0 {
-		v, err := unlock(ctx, r.store, r.id, r.secret, nil)
+		v, err := unlock(ctx, r.store, r.id, r.secret, nil, old.slot)
 		switch {
 		case err == nil:
 			u = v
@@ -269,8 +271,9 @@ func (k *slotDoc) open(c *credential) (*seal.Key, error) {
 }
 
 // unlock finds the root key, which may be given, or else is in the slot that the
-// passphrase opens, and with it the newest keyring.
-func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte) (*unlocked, error) {
+// passphrase opens, and with it the newest keyring. The slot first is tried before
+// the others: each costs time.
+func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte, first string) (*unlocked, error) {
 	for try := 1; ; try++ {
 		rings, err := readRings(ctx, s, id)
 		if err != nil {
@@ -281,7 +284,7 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []by
 				return u, nil
 			}
 		}
-		u, unlockErr := unlockSlot(ctx, s, id, newCredential(passphrase), &rings)
+		u, unlockErr := unlockSlot(ctx, s, id, newCredential(passphrase), &rings, first)
 		if unlockErr == nil || try == 3 {
 			return u, unlockErr
 		}
@@ -298,14 +301,21 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []by
 
 // unlockSlot tries the slots. One whose root key opens no keyring is left from
 // a change of keys that was cut off.
-func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, rings *rings) (*unlocked, error) {
+func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, rings *rings, first string) (*unlocked, error) {
 	slots, err := readSlots(ctx, s, id)
 	if err != nil {
 		return nil, err
 	}
-	if c.recovery != nil { // the cheap ones first
-		slices.SortStableFunc(slots, func(a, b slotDoc) int { return -cmp.Compare(a.kdf.Kind, b.kdf.Kind) })
+	cost := func(k slotDoc) int {
+		switch {
+		case k.id == first:
+			return 0
+		case c.recovery != nil && k.kdf.Kind == seal.KindRecovery:
+			return 1
+		}
+		return 2
 	}
+	slices.SortStableFunc(slots, func(a, b slotDoc) int { return cmp.Compare(cost(a), cost(b)) })
 	var damage error
 	var orphan bool
 	tried := 0
@@ -337,6 +347,20 @@ func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, r
 		return nil, fmt.Errorf("%w: it looks like a recovery key, but %w", ErrPassphrase, c.mistyped)
 	}
 	return nil, ErrPassphrase
+}
+
+// usedSlot is the slot that opened the repository on this machine last. That it
+// cannot be told costs time only.
+func (r *Repo) usedSlot() string {
+	p, _ := os.ReadFile(filepath.Join(r.cache, "slot"))
+	return string(p)
+}
+
+func (r *Repo) useSlot(id string) {
+	if id == "" || id == r.usedSlot() || os.MkdirAll(r.cache, 0o700) != nil {
+		return
+	}
+	_ = os.WriteFile(filepath.Join(r.cache, "slot"), []byte(id), 0o600)
 }
 
 // putSlot stores a slot for a root key and gives its id. kdf says all but salt and

@@ -140,17 +140,18 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if o.Compression == Small {
 		r.compressor = codec.Small
 	}
-	u, err := unlock(ctx, s, id, passphrase, o.Key)
+	r.cache = filepath.Join(o.Cache, r.ID())
+	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot())
 	if err != nil {
 		return nil, err
 	}
+	r.useSlot(u.slot)
 	r.ring.now.Store(u)
 	r.sign = ed25519.NewKeyFromSeed(u.ring.Sign)
 	if !r.pub.Equal(r.sign.Public()) {
 		return nil, fmt.Errorf("config: %w: its verify key is not this repository's", ErrDamaged)
 	}
 	r.deriveIDs()
-	r.cache = filepath.Join(o.Cache, r.ID())
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
 	r.state = newState(sha256.Sum256(p))

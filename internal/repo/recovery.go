@@ -9,8 +9,8 @@ import (
 // A recovery key is 256 random bits, for paper: 13 groups of 5 characters of
 // Crockford's base 32 (no I, L, O and U), joined by "-". A group is 4 characters
 // of 5 bits of the key each, the first bits first, and a check character; the last
-// 4 bits are zero. Read back, case, spaces and dashes do not matter, and O, I
-// and L are taken for what they look like.
+// 4 bits are zero. Read back, case, spaces, dashes and line ends do not matter, and O,
+// I and L are taken for what they look like.
 //
 // The check character is, in the field of 32 elements (x⁵ + x² + 1),
 //
@@ -77,7 +77,7 @@ func parseRecovery(typed string) ([]byte, error) {
 	separators := 0
 	for _, c := range strings.ToUpper(typed) {
 		switch c {
-		case ' ', '-', '\t', '\u2013', '\u2014':
+		case ' ', '-', '\t', '\n', '\r', '\u2013', '\u2014':
 			separators++
 			continue
 		case 'O':

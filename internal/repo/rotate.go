@@ -123,7 +123,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 		return RootChange{}, err // the keyring may be there: its slots must stay
 	}
 	for _, k := range kept { // before anything old is deleted
-		v, err := unlock(ctx, r.store, r.id, k.typed(), nil)
+		v, err := unlock(ctx, r.store, r.id, k.cred.text, nil, k.id)
 		if err != nil || !bytes.Equal(v.root[:], next.root[:]) {
 			return RootChange{}, fmt.Errorf("the new keys were read back and do not open: %w; nothing old was deleted", errors.Join(ErrDamaged, err))
 		}
@@ -162,9 +162,6 @@ func (k *keptSlot) secret() []byte {
 	}
 	return k.cred.text
 }
-
-// typed is what opens the slot.
-func (k *keptSlot) typed() []byte { return k.cred.text }
 
 // newKDF is the old slot's label and kind, at today's cost.
 func (k *keptSlot) newKDF(passphrase seal.KDF, generation int) seal.KDF {
@@ -218,6 +215,7 @@ func (r *Repo) partSlots(ctx context.Context, u *unlocked, passphrases [][]byte)
 			dropped = append(dropped, r.slot(u, k))
 		}
 	}
+	slices.SortFunc(dropped, byAge)
 	return kept, dropped, nil
 }
 

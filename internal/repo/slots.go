@@ -2,10 +2,12 @@ package repo
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -90,7 +92,7 @@ func (r *Repo) Head(ctx context.Context) (Head, error) {
 	return Head{s.head, s.time}, nil
 }
 
-// Slots lists all key slots.
+// Slots lists all key slots, the oldest first.
 func (r *Repo) Slots(ctx context.Context) ([]Slot, error) {
 	docs, u, err := r.slots(ctx)
 	if err != nil {
@@ -100,8 +102,11 @@ func (r *Repo) Slots(ctx context.Context) ([]Slot, error) {
 	for i, k := range docs {
 		slots[i] = r.slot(u, k)
 	}
+	slices.SortFunc(slots, byAge)
 	return slots, nil
 }
+
+func byAge(a, b Slot) int { return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID)) }
 
 // slots reads slots and keyrings anew.
 func (r *Repo) slots(ctx context.Context) ([]slotDoc, *unlocked, error) {
