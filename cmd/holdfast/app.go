@@ -121,10 +121,12 @@ func (a *app) root() *cobra.Command {
 	root.AddGroup(
 		&cobra.Group{ID: "backup", Title: "Back up:"},
 		&cobra.Group{ID: "restore", Title: "Restore points and what is in them:"},
+		&cobra.Group{ID: "care", Title: "Look after the repository:"},
 		&cobra.Group{ID: "recover", Title: "Run from the backup:"},
 	)
 	root.AddCommand(
 		a.initCommand(), a.vms(), a.backup(), a.copy(), a.check(),
+		a.key(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
 		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(),
 		a.version(), a.serve(), a.thaw(),

@@ -34,6 +34,11 @@ func (a *app) passphraseOf(env, prompt string) func(ctx context.Context, create 
 	}
 }
 
+// newPassphrase is one to be added.
+func (a *app) newPassphrase(ctx context.Context) ([]byte, error) {
+	return a.passphraseOf("HOLDFAST_NEW_PASSPHRASE", "New passphrase: ")(ctx, true)
+}
+
 func (a *app) askPassphrase(ctx context.Context, create bool, env, prompt string) ([]byte, error) {
 	fd := int(os.Stdin.Fd())
 	if !term.IsTerminal(fd) {
@@ -51,7 +56,7 @@ func (a *app) askPassphrase(ctx context.Context, create bool, env, prompt string
 		return nil, err
 	}
 	if !bytes.Equal(p, again) {
-		return nil, errors.New("the two passphrases differ; nothing was made")
+		return nil, errors.New("the two passphrases differ; nothing was done")
 	}
 	return p, nil
 }

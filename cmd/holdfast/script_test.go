@@ -209,12 +209,16 @@ var masks = []struct {
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d`), "TIME"},
 	{regexp.MustCompile(`\b\d+(\.\d)? s\b`), "N s"},
+	{recoveryGroups, "GROUPS"},
 	{regexp.MustCompile(`go1\.\d+\S*, [a-z]+/\w+`), "GO, SYSTEM"},
 	// A new repository's configuration holds times without trailing zeros.
 	{regexp.MustCompile(`parts of \d+ and \d+ bytes in a document of \d+`), "parts of N and N bytes in a document of N"},
 	// Columns move with what is masked.
 	{regexp.MustCompile(` {2,}(\S)`), "  $1"},
 }
+
+// recoveryGroups is a recovery key, or a line of one.
+var recoveryGroups = regexp.MustCompile(`\b([0-9A-Z]{5}-){3,12}[0-9A-Z]{5}\b`)
 
 // mask replaces what differs from run to run.
 func (s *script) mask(said string) string {
@@ -241,6 +245,7 @@ func (s *script) mask(said string) string {
 //	same FILE FILE       fails if two files differ
 //	ls DIR               fails with the names
 //	env K=V              for what follows
+//	recovery FILE        the recovery key that is printed there is $RECOVERY then
 //	killserver           kill what serves the one session, whose id $SESSION is then
 func (s *script) builtin(words []string) error {
 	path := func(i int) string {
@@ -300,6 +305,10 @@ func (s *script) builtin(words []string) error {
 			names = append(names, e.Name())
 		}
 		return errors.New(strings.Join(names, " "))
+	case "recovery":
+		b, err := os.ReadFile(path(1))
+		s.env["RECOVERY"] = strings.Join(recoveryGroups.FindAllString(string(b), -1), "-")
+		return err
 	case "killserver":
 		return s.killServer()
 	case "env":

@@ -91,7 +91,7 @@ func TestRename(t *testing.T) {
 }
 
 func TestWithoutSecrets(t *testing.T) {
-	got := withoutSecrets([]string{"A=1", "HOLDFAST_PASSPHRASE=x", "HOLDFAST_PASSPHRASE_FILE=y", "HOLDFAST_REPO=z"})
+	got := withoutSecrets([]string{"A=1", "HOLDFAST_PASSPHRASE=x", "HOLDFAST_PASSPHRASE_FILE=y", "HOLDFAST_NEW_PASSPHRASE=w", "HOLDFAST_REPO=z"})
 	if want := []string{"A=1", "HOLDFAST_REPO=z"}; !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}

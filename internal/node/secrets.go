@@ -9,7 +9,7 @@ func withoutSecrets(env []string) []string {
 	var kept []string
 	for _, e := range env {
 		name, _, _ := strings.Cut(e, "=")
-		if plain := strings.TrimSuffix(name, "_FILE"); !strings.HasPrefix(plain, "HOLDFAST_") || !strings.HasSuffix(plain, "_PASSPHRASE") {
+		if !strings.HasPrefix(name, "HOLDFAST_") || !strings.Contains(name, "PASSPHRASE") {
 			kept = append(kept, e)
 		}
 	}

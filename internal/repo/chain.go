@@ -55,6 +55,9 @@ type entrySealed struct {
 	Points []PointID `json:"points,omitempty"`
 	Packs  []string  `json:"packs,omitempty"`
 	Items  []badItem `json:"items,omitempty"`
+
+	Keyring string   `json:"keyring,omitempty"` // 8 digits: the newest one
+	Removed []string `json:"removed,omitempty"` // key slots
 }
 
 // badItem is a copy of an item that cannot be read.
@@ -80,6 +83,9 @@ type state struct {
 	over       map[string]kind   // leases: committed or revoked
 	quarantine map[[32]byte]bool // packs
 	bad        map[badKey]bool
+	time       time.Time       // of the head, for people
+	keyring    int             // number of the newest one that an entry names
+	removed    map[string]bool // key slots
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps.
 	gaps []string
@@ -89,13 +95,13 @@ type state struct {
 
 func newState(config [32]byte) *state {
 	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]bool{}, indexes: map[[32]byte]bool{},
-		over: map[string]kind{}, quarantine: map[[32]byte]bool{}, bad: map[badKey]bool{}}
+		over: map[string]kind{}, quarantine: map[[32]byte]bool{}, bad: map[badKey]bool{}, removed: map[string]bool{}}
 }
 
 func entryName(n uint64) string { return fmt.Sprintf("chain/%012d", n) }
 
 // apply checks entry n's bytes against the state and takes it in.
-func (r *Repo) apply(s *state, p []byte) error {
+func (r *Repo) apply(ctx context.Context, s *state, p []byte) error {
 	n := s.head + 1
 	raw, err := seal.Parse(p, seal.Entry)
 	if err != nil {
@@ -112,7 +118,7 @@ func (r *Repo) apply(s *state, p []byte) error {
 	if c.Number != n || !s.unknown && !bytes.Equal(c.Previous, s.digest[:]) {
 		return fmt.Errorf("%s: %w: it does not follow its predecessor; an entry was exchanged or removed", entryName(n), ErrDamaged)
 	}
-	master, err := r.ring.Master(raw.Header.Key)
+	master, err := r.master(ctx, raw.Header.Key)
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
@@ -126,7 +132,7 @@ func (r *Repo) apply(s *state, p []byte) error {
 	if err := s.take(kind(raw.Header.Kind), &c, &sealed); err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	s.head, s.digest, s.unknown = n, sha256.Sum256(p), false
+	s.head, s.digest, s.unknown, s.time = n, sha256.Sum256(p), false, c.Time
 	return nil
 }
 
@@ -140,7 +146,11 @@ func (s *state) skip(why error) {
 // take changes the state as the entry says.
 func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	switch k {
-	case kindAdd, kindSweep, kindKeys, kindKeep:
+	case kindAdd, kindSweep, kindKeep:
+	case kindKeys:
+		if err := s.takeKeys(e); err != nil {
+			return err
+		}
 	case kindCommit:
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
@@ -210,7 +220,7 @@ func (r *Repo) load(ctx context.Context) error {
 		return err
 	}
 	for _, p := range entries {
-		if err := r.applyOrSkip(r.state, p); err != nil {
+		if err := r.applyOrSkip(ctx, r.state, p); err != nil {
 			return err
 		}
 		if r.state.head == seen.Number && !r.state.unknown && !bytes.Equal(seen.Digest, r.state.digest[:]) {
@@ -255,12 +265,16 @@ func (r *Repo) entries(ctx context.Context) ([][]byte, error) {
 const maxGap = 1 << 20
 
 // applyOrSkip takes an entry in, or notes that it is damaged or missing.
-func (r *Repo) applyOrSkip(s *state, p []byte) error {
+func (r *Repo) applyOrSkip(ctx context.Context, s *state, p []byte) error {
 	if p == nil {
 		s.skip(fmt.Errorf("%s: %w: missing", entryName(s.head+1), ErrDamaged))
 		return nil
 	}
-	err := r.apply(s, p)
+	return s.skipDamage(r.apply(ctx, s, p))
+}
+
+// skipDamage notes damage; other errors it returns.
+func (s *state) skipDamage(err error) error {
 	if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
 		s.skip(err)
 		return nil
@@ -340,7 +354,16 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 		if s == old {
 			s = old.clone()
 		}
-		if err := r.applyOrSkip(s, p); err != nil {
+		err = r.apply(ctx, s, p)
+		if errors.Is(err, seal.ErrNoKey) && len(s.gaps) == 0 {
+			return fmt.Errorf("%w: %s", ErrKeys, err) // not damage: it was whole when it was opened
+		}
+		if err := s.skipDamage(err); err != nil {
+			return err
+		}
+	}
+	if s.keyring > old.keyring {
+		if err := r.learn(ctx); err != nil {
 			return err
 		}
 	}
@@ -360,7 +383,7 @@ func (s *state) clone() *state {
 	c := *s
 	c.points, c.indexes, c.over = cloneMap(s.points), cloneMap(s.indexes), cloneMap(s.over)
 	c.forgotten = cloneMap(s.forgotten)
-	c.quarantine, c.bad = cloneMap(s.quarantine), cloneMap(s.bad)
+	c.quarantine, c.bad, c.removed = cloneMap(s.quarantine), cloneMap(s.bad), cloneMap(s.removed)
 	c.order = append([]PointID(nil), s.order...)
 	return &c
 }
@@ -434,7 +457,7 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 	}
 	var master *seal.Key
 	if err == nil {
-		master, err = r.ring.Master(raw.Header.Key)
+		master, err = r.master(ctx, raw.Header.Key)
 	}
 	var content []byte
 	if err == nil {

@@ -55,6 +55,9 @@ func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.chain(ctx); err != nil {
 		return nil, err
 	}
+	if err := c.keys(ctx); err != nil {
+		return nil, err
+	}
 	if err := c.indexes(ctx); err != nil {
 		return nil, err
 	}
@@ -112,7 +115,7 @@ func (c *checker) chain(ctx context.Context) error {
 		if err != nil && !errors.Is(err, blob.ErrNotExist) {
 			return err
 		}
-		if err := c.r.applyOrSkip(s, p); err != nil {
+		if err := c.r.applyOrSkip(ctx, s, p); err != nil {
 			return err
 		}
 	}
@@ -239,7 +242,7 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 	for i, it := range items {
 		at := index.Place{Pack: name, Number: uint32(i), Offset: off, Stored: it.Stored}
 		off += it.Stored
-		if p != nil && c.opens(p, at, it.ID) {
+		if p != nil && c.opens(ctx, p, at, it.ID) {
 			continue
 		}
 		bad++
@@ -252,11 +255,11 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 }
 
 // opens tries one item of a damaged pack in memory.
-func (c *checker) opens(p []byte, at index.Place, id pack.ID) bool {
+func (c *checker) opens(ctx context.Context, p []byte, at index.Place, id pack.ID) bool {
 	if len(p) < seal.HeaderLen || int64(at.Offset)+int64(at.Stored) > int64(len(p)) {
 		return false
 	}
-	h, master, err := c.r.packHeader(p)
+	h, master, err := c.r.packHeader(ctx, p)
 	if err != nil {
 		return false
 	}

@@ -30,7 +30,7 @@ func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) 
 		if err != nil {
 			return nil, err
 		}
-		h, master, err := r.packHeader(p)
+		h, master, err := r.packHeader(ctx, p)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", packName(name), err)
 		}
@@ -38,7 +38,7 @@ func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) 
 	})
 }
 
-func (r *Repo) packHeader(p []byte) (seal.Header, *seal.Key, error) {
+func (r *Repo) packHeader(ctx context.Context, p []byte) (seal.Header, *seal.Key, error) {
 	h, err := seal.ParseHeader(p, seal.Pack)
 	if err != nil {
 		return h, nil, err
@@ -46,7 +46,7 @@ func (r *Repo) packHeader(p []byte) (seal.Header, *seal.Key, error) {
 	if h.Repo != r.id {
 		return h, nil, fmt.Errorf("%w: %w", ErrDamaged, seal.ErrForeign)
 	}
-	master, err := r.ring.Master(h.Key)
+	master, err := r.master(ctx, h.Key)
 	return h, master, err
 }
 

@@ -125,7 +125,7 @@ func (r *Repo) readDirectory(ctx context.Context, i blob.Info) (k index.Pack, er
 	if err != nil {
 		return k, err
 	}
-	h, master, err := r.packHeader(p)
+	h, master, err := r.packHeader(ctx, p)
 	if err != nil {
 		return k, fmt.Errorf("%s: %w", i.Name, err)
 	}
