@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 
 	"holdfast/internal/disk"
@@ -168,7 +167,11 @@ func (r *Repo) Forgotten(ctx context.Context) (map[PointID]bool, error) {
 	if err := r.refresh(ctx); err != nil {
 		return nil, err
 	}
-	return maps.Clone(r.current().forgotten), nil
+	ids := map[PointID]bool{}
+	for id := range r.current().forgotten {
+		ids[id] = true
+	}
+	return ids, nil
 }
 
 // Map is a disk's map that a run has finished and not yet committed.
