@@ -201,6 +201,7 @@ var masks = []struct {
 }{
 	{regexp.MustCompile(`("seconds": )[0-9.e-]+`), "${1}0"},
 	{regexp.MustCompile(`\b[0-9a-f]{2}/[0-9a-f]{64}\b`), "DIGEST"},
+	{regexp.MustCompile(`\b[0-9a-f]{64}\b`), "DIGEST"},
 	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "ID"},
 	{regexp.MustCompile(`(": )\d{8}\b`), "${1}MANY"},
 	{regexp.MustCompile(`\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b`), "GUID"},
@@ -211,6 +212,8 @@ var masks = []struct {
 	{regexp.MustCompile(`\b\d+(\.\d)? s\b`), "N s"},
 	{recoveryGroups, "GROUPS"},
 	{regexp.MustCompile(`go1\.\d+\S*, [a-z]+/\w+`), "GO, SYSTEM"},
+	// Compressed, or with times without trailing zeros.
+	{regexp.MustCompile(`("size": )\d+(,\s+"sha256")`), "${1}N$2"},
 	// A new repository's configuration holds times without trailing zeros.
 	{regexp.MustCompile(`parts of \d+ and \d+ bytes in a document of \d+`), "parts of N and N bytes in a document of N"},
 	// Columns move with what is masked.
