@@ -193,4 +193,3 @@ func packItemsText(packs []repo.PackItems) string {
 }
 
 func number(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
-

@@ -77,7 +77,7 @@ func (r *Repo) Packs(ctx context.Context, f func(PackInfo) error) error {
 	s := r.current()
 	return r.eachIndex(ctx, s, func(d [32]byte, packs []index.Pack) error {
 		for _, k := range packs {
-			p := PackInfo{hex.EncodeToString(k.Name[:]), packKind(k.Kind), k.Size, len(k.Items), hex.EncodeToString(d[:]), s.quarantined(k.Name)}
+			p := PackInfo{hex.EncodeToString(k.Name[:]), packKind(k.Kind), k.Size, len(k.Items), hex.EncodeToString(d[:]), s.inQuarantine(k.Name)}
 			if err := f(p); err != nil {
 				return err
 			}
@@ -86,7 +86,7 @@ func (r *Repo) Packs(ctx context.Context, f func(PackInfo) error) error {
 	})
 }
 
-func (s *state) quarantined(pack [32]byte) bool {
+func (s *state) inQuarantine(pack [32]byte) bool {
 	_, ok := s.quarantine[pack]
 	return ok
 }
