@@ -25,6 +25,16 @@ const (
 	Compliance
 )
 
+func (m LockMode) String() string {
+	switch m {
+	case Governance:
+		return "governance"
+	case Compliance:
+		return "compliance"
+	}
+	return "none"
+}
+
 // Lock is how an object is locked. The zero value is "not at all".
 type Lock struct {
 	Until time.Time // by the store's clock
@@ -44,7 +54,8 @@ func (l Lock) Holds(other Lock) bool { return l.Mode >= other.Mode && !l.Until.B
 type Locker interface {
 	// Lock makes sure that the object cannot be deleted or lose its content
 	// before that time, and never shortens a lock. When it returns nil, the
-	// lock was read back from the store.
+	// lock was read back from the store. A store may refuse to turn governance
+	// into compliance.
 	Lock(ctx context.Context, name string, l Lock) error
 	// Locked reads an object's lock.
 	Locked(ctx context.Context, name string) (Lock, error)

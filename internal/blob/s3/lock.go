@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"net/http"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -29,20 +30,21 @@ func (s *Store) lock(ctx context.Context, key string, l, enough blob.Lock) (vers
 	if err != nil {
 		return "", err
 	}
-	if h.lock.Holds(enough) {
-		return h.version, nil
-	}
 	if h.version == "" {
 		return "", fmt.Errorf("%w: the bucket keeps no versions; Object Lock is chosen when a bucket is made", blob.ErrNoLock)
 	}
+	has, err := s.lockOf(ctx, key, h.version)
+	if err != nil || has.Holds(enough) {
+		return h.version, err
+	}
 	mode := minio.Governance
-	if max(l.Mode, h.lock.Mode) == blob.Compliance {
+	if max(l.Mode, has.Mode) == blob.Compliance {
 		mode = minio.Compliance
 	}
 	// S3 keeps whole seconds.
 	until := l.Until.UTC().Add(time.Second - 1).Truncate(time.Second)
-	if h.lock.Until.After(until) {
-		until = h.lock.Until
+	if has.Until.After(until) {
+		until = has.Until
 	}
 	err = s.retry(ctx, func(ctx context.Context) error {
 		return s.core.PutObjectRetention(ctx, s.o.Bucket, key, minio.PutObjectRetentionOptions{Mode: &mode, RetainUntilDate: &until, VersionID: h.version})
@@ -52,24 +54,56 @@ func (s *Store) lock(ctx context.Context, key string, l, enough blob.Lock) (vers
 	} else if err != nil {
 		return "", err
 	}
-	back, err := s.head(ctx, key, h.version)
-	if err != nil {
-		return "", err
+	back, err := s.lockOf(ctx, key, h.version)
+	if err == nil && !back.Holds(l) {
+		err = fmt.Errorf("%w: it accepted a lock, but reads back %s; do the credentials have s3:GetObjectRetention?", blob.ErrNoLock, lockText(back))
 	}
-	if !back.lock.Holds(l) {
-		return "", fmt.Errorf("%w: it accepted a lock, but reads back %s; do the credentials have s3:GetObjectRetention?", blob.ErrNoLock, lockText(back.lock))
+	return h.version, err
+}
+
+// lockOf reads a version's lock from the headers of HEAD: there all servers tell
+// it alike, while some answer GET without it, or the request for the retention
+// with XML of another name (versitygw 1.8).
+func (s *Store) lockOf(ctx context.Context, key, version string) (l blob.Lock, err error) {
+	err = s.retry(ctx, func(ctx context.Context) error {
+		info, err := s.core.StatObject(ctx, s.o.Bucket, key, minio.StatObjectOptions{VersionID: version})
+		if hasStatus(err, http.StatusNotFound) {
+			// HEAD cannot say whose 404 it is.
+			if _, err := s.headOnce(ctx, key, version); err != nil {
+				return err
+			}
+			return fmt.Errorf("%w: status 404 for an object that is there", errNotS3)
+		} else if err != nil {
+			return err
+		}
+		l, err = lockIn(info.Metadata)
+		return err
+	})
+	return l, err
+}
+
+func lockIn(h http.Header) (l blob.Lock, err error) {
+	switch mode := h.Get("X-Amz-Object-Lock-Mode"); mode {
+	case "":
+		return l, nil
+	case "GOVERNANCE":
+		l.Mode = blob.Governance
+	case "COMPLIANCE":
+		l.Mode = blob.Compliance
+	default:
+		return l, final(fmt.Errorf("%w: its lock has the unknown mode %q", blob.ErrNoLock, mode))
 	}
-	return h.version, nil
+	if l.Until, err = time.Parse(time.RFC3339, h.Get("X-Amz-Object-Lock-Retain-Until-Date")); err != nil {
+		return blob.Lock{}, final(fmt.Errorf("%w: %w", blob.ErrNoLock, err))
+	}
+	return l, nil
 }
 
 func lockText(l blob.Lock) string {
-	switch l.Mode {
-	case blob.Governance:
-		return "governance until " + l.Until.Format(time.RFC3339)
-	case blob.Compliance:
-		return "compliance until " + l.Until.Format(time.RFC3339)
+	if l.Mode == 0 {
+		return "no lock"
 	}
-	return "no lock"
+	return l.Mode.String() + " until " + l.Until.Format(time.RFC3339)
 }
 
 func (s *Store) Locked(ctx context.Context, name string) (blob.Lock, error) {
@@ -77,10 +111,14 @@ func (s *Store) Locked(ctx context.Context, name string) (blob.Lock, error) {
 		return blob.Lock{}, err
 	}
 	h, err := s.head(ctx, s.key(name), "")
+	var l blob.Lock
+	if err == nil && h.version != "" {
+		l, err = s.lockOf(ctx, s.key(name), h.version)
+	}
 	if err != nil {
 		return blob.Lock{}, fmt.Errorf("read the lock of %s: %w", name, explain(err))
 	}
-	return h.lock, nil
+	return l, nil
 }
 
 // The canary is locked for canaryLock, and again when less than canaryRest is
@@ -101,7 +139,7 @@ func (s *Store) canary(ctx context.Context, mode blob.LockMode) error {
 	if err := s.prepare(ctx); err != nil {
 		return err
 	}
-	key := s.key(canaryName)
+	key := s.key(canaryName + "-" + mode.String()) // a lock's mode is not changed later
 	if err := s.create(ctx, key, []byte("Holdfast locks this object and tries to delete it.\n")); err != nil && !errors.Is(err, blob.ErrExist) {
 		return err
 	}

@@ -98,7 +98,7 @@ func (s *Store) wrote(ctx context.Context, key string, data []byte, mark string)
 		return h.mark == mark, nil
 	}
 	// A server that keeps no metadata.
-	there, _, err := s.getOnce(ctx, key, "", 0, -1)
+	there, err := s.getOnce(ctx, key, "", 0, -1)
 	return err == nil && bytes.Equal(there, data), err
 }
 
@@ -107,25 +107,6 @@ type head struct {
 	size    int64  // bytes
 	version string // "" in a bucket that keeps none
 	mark    string
-	lock    blob.Lock
-}
-
-func headOf(info minio.ObjectInfo, h http.Header) head {
-	d := head{size: info.Size, version: info.VersionID, mark: h.Get(markHeader)}
-	switch h.Get("X-Amz-Object-Lock-Mode") {
-	case "GOVERNANCE":
-		d.lock.Mode = blob.Governance
-	case "COMPLIANCE":
-		d.lock.Mode = blob.Compliance
-	}
-	if d.lock.Mode != 0 {
-		until, err := time.Parse(time.RFC3339, h.Get("X-Amz-Object-Lock-Retain-Until-Date"))
-		if err != nil {
-			d.lock = blob.Lock{}
-		}
-		d.lock.Until = until
-	}
-	return d
 }
 
 // request makes one GET request. It maps what it is told of absence.
@@ -153,7 +134,7 @@ func (s *Store) headOnce(ctx context.Context, key, version string) (head, error)
 	if err != nil {
 		return head{}, err
 	}
-	d := headOf(info, h)
+	d := head{size: info.Size, version: info.VersionID, mark: h.Get(markHeader)}
 	if _, _, total, ok := contentRange(h.Get("Content-Range")); ok {
 		d.size = total
 	}
@@ -194,7 +175,7 @@ func (s *Store) get(ctx context.Context, key, version string, off, n int64) (p [
 	}
 	if n != 0 {
 		err = s.retry(ctx, func(ctx context.Context) (err error) {
-			p, _, err = s.getOnce(ctx, key, version, off, n)
+			p, err = s.getOnce(ctx, key, version, off, n)
 			return err
 		})
 		if !hasCode(err, "InvalidRange") {
@@ -214,7 +195,7 @@ func (s *Store) get(ctx context.Context, key, version string, off, n int64) (p [
 }
 
 // getOnce makes one request for n bytes at off, n ≠ 0; n < 0 means up to the end.
-func (s *Store) getOnce(ctx context.Context, key, version string, off, n int64) ([]byte, head, error) {
+func (s *Store) getOnce(ctx context.Context, key, version string, off, n int64) ([]byte, error) {
 	o := minio.GetObjectOptions{VersionID: version}
 	ranged := off > 0 || n > 0
 	switch {
@@ -225,7 +206,7 @@ func (s *Store) getOnce(ctx context.Context, key, version string, off, n int64) 
 	}
 	body, info, h, err := s.request(ctx, key, o)
 	if err != nil {
-		return nil, head{}, err
+		return nil, err
 	}
 	defer body.Close()
 	size := info.Size // of the body
@@ -233,21 +214,21 @@ func (s *Store) getOnce(ctx context.Context, key, version string, off, n int64) 
 		first, last, total, ok := contentRange(h.Get("Content-Range"))
 		switch {
 		case !ok || first != off || last-first+1 != size:
-			return nil, head{}, final(unsupported("range requests", fmt.Sprintf("asked for %q, it answered with %q and %d bytes", o.Header().Get("Range"), h.Get("Content-Range"), size)))
+			return nil, final(unsupported("range requests", fmt.Sprintf("asked for %q, it answered with %q and %d bytes", o.Header().Get("Range"), h.Get("Content-Range"), size)))
 		case n > 0 && size < n && last+1 == total:
-			return nil, head{}, final(blob.ErrTruncated)
+			return nil, final(blob.ErrTruncated)
 		case n > 0 && size != n, n < 0 && last+1 != total:
-			return nil, head{}, final(unsupported("range requests", fmt.Sprintf("asked for %q, it answered with %q", o.Header().Get("Range"), h.Get("Content-Range"))))
+			return nil, final(unsupported("range requests", fmt.Sprintf("asked for %q, it answered with %q", o.Header().Get("Range"), h.Get("Content-Range"))))
 		}
 	}
 	if size > blob.MaxSize {
-		return nil, head{}, final(fmt.Errorf("it has %d bytes, more than an object of a repository", size))
+		return nil, final(fmt.Errorf("it has %d bytes, more than an object of a repository", size))
 	}
 	p := make([]byte, size)
 	if k, err := io.ReadFull(body, p); err != nil {
-		return nil, head{}, fmt.Errorf("the answer broke off after %d of %d bytes: %w", k, size, err)
+		return nil, fmt.Errorf("the answer broke off after %d of %d bytes: %w", k, size, err)
 	}
-	return p, headOf(info, h), nil
+	return p, nil
 }
 
 // contentRange reads "bytes FIRST-LAST/TOTAL" (RFC 9110 §14.4).
@@ -304,8 +285,8 @@ func (s *Store) removeVersion(ctx context.Context, key, version string) error {
 	if version == "" || !refused(err) {
 		return err
 	}
-	if h, headErr := s.head(ctx, key, version); headErr == nil && h.lock.Mode != 0 {
-		return fmt.Errorf("%w until %s", blob.ErrLocked, h.lock.Until.UTC().Format(time.DateTime))
+	if l, lockErr := s.lockOf(ctx, key, version); lockErr == nil && l.Mode != 0 {
+		return fmt.Errorf("%w until %s UTC", blob.ErrLocked, l.Until.UTC().Format(time.DateTime))
 	}
 	return err
 }

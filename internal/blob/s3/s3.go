@@ -32,8 +32,8 @@
 // blob.ErrLocked where Object Lock holds one. Store is a blob.Locker and a
 // blob.Versions too.
 //
-// Two keys of the package's own lie under the prefix, with names that are none
-// of a Store: ".tmp-probe" and ".tmp-canary".
+// Keys of the package's own lie under the prefix, with names that no object of a
+// Store has: ".tmp-probe" and ".tmp-canary-MODE".
 //
 // # Locks in this package
 //

@@ -358,10 +358,6 @@ func (v *version) header() http.Header {
 	for k, val := range v.meta {
 		h[k] = val
 	}
-	if v.mode != "" {
-		h.Set("X-Amz-Object-Lock-Mode", v.mode)
-		h.Set("X-Amz-Object-Lock-Retain-Until-Date", v.until.UTC().Format(time.RFC3339))
-	}
 	return h
 }
 
@@ -379,6 +375,10 @@ func (s *Server) get(r *http.Request, key string) answer {
 		return noSuchKey()
 	}
 	a := answer{200, v.header(), v.data}
+	if v.mode != "" && r.Method == http.MethodHead { // AWS tells it for GET too, others do not
+		a.header.Set("X-Amz-Object-Lock-Mode", v.mode)
+		a.header.Set("X-Amz-Object-Lock-Retain-Until-Date", v.until.UTC().Format(time.RFC3339))
+	}
 	rng, ranged := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
 	if !ranged {
 		return a
@@ -459,7 +459,7 @@ func (s *Server) putRetention(r *http.Request, key string, body []byte) answer {
 	switch {
 	case v == nil:
 		return fail(404, "NoSuchVersion", "The specified version does not exist.")
-	case s.locked(v, r) && (want.RetainUntilDate.Before(v.until) || want.Mode != v.mode && v.mode == "COMPLIANCE"):
+	case s.locked(v, r) && (want.RetainUntilDate.Before(v.until) || want.Mode != v.mode):
 		return fail(403, "AccessDenied", "Access Denied because object protected by object lock.")
 	}
 	v.mode, v.until = want.Mode, want.RetainUntilDate
