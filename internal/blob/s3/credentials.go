@@ -40,21 +40,31 @@ func KeysFrom(getenv func(string) string) *Keys {
 // roleWait bounds the search for a role, where mostly nobody answers.
 const roleWait = 3 * time.Second
 
-func chain(k *Keys) *credentials.Credentials {
-	if k == nil {
-		k = KeysFrom(os.Getenv)
-	}
+func (o Options) credentials() *credentials.Credentials {
+	k := cmp.Or(o.Keys, KeysFrom(os.Getenv))
 	if k != nil {
 		return credentials.NewStaticV4(k.Access, k.Secret, k.Session)
 	}
-	roles := &http.Client{Timeout: 2 * roleWait, Transport: &http.Transport{
-		Proxy:       http.ProxyFromEnvironment,
-		DialContext: (&net.Dialer{Timeout: roleWait}).DialContext,
-	}}
-	return credentials.NewChainCredentials([]credentials.Provider{
-		&credentials.FileAWSCredentials{},
-		&credentials.IAM{Client: roles},
-	})
+	providers := []credentials.Provider{&credentials.FileAWSCredentials{}}
+	if o.hasRole(os.Getenv) {
+		client := &http.Client{Timeout: 2 * roleWait, Transport: &http.Transport{
+			Proxy:       http.ProxyFromEnvironment,
+			DialContext: (&net.Dialer{Timeout: roleWait}).DialContext,
+		}}
+		providers = append(providers, &credentials.IAM{Client: client})
+	}
+	return credentials.NewChainCredentials(providers)
+}
+
+// hasRole reports whether a role is worth looking for: one that the environment
+// names, or for AWS that of the machine.
+func (o Options) hasRole(getenv func(string) string) bool {
+	for _, k := range []string{"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"} {
+		if getenv(k) != "" {
+			return true
+		}
+	}
+	return o.aws() && getenv("AWS_EC2_METADATA_DISABLED") != "true"
 }
 
 // checkKeys refuses to go on without credentials: the library would ask as

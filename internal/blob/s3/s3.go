@@ -93,7 +93,7 @@ func open(ctx context.Context, o Options, dial dialer) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{o: o, creds: chain(o.Keys), preparing: make(chan struct{}, 1)}
+	s := &Store{o: o, creds: o.credentials(), preparing: make(chan struct{}, 1)}
 	s.preparing <- struct{}{}
 	if err := checkKeys(ctx, s.creds, &http.Client{Transport: transport}); err != nil {
 		return nil, err

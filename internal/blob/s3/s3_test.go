@@ -357,12 +357,12 @@ func TestCA(t *testing.T) {
 
 func TestCredentials(t *testing.T) {
 	dir := t.TempDir()
-	for _, k := range append(slices.Clone(Secrets), "AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY", "AWS_PROFILE", "AWS_CONFIG_FILE") {
+	for _, k := range append(slices.Clone(Secrets), "AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY", "AWS_PROFILE", "AWS_CONFIG_FILE",
+		"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI") {
 		t.Setenv(k, "")
 	}
 	file := filepath.Join(dir, "credentials")
 	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", file)
-	t.Setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:1/") // instead of the machine's own role
 	srv := s3test.New(t, s3test.Options{})
 	o := Options{Bucket: s3test.Bucket, Endpoint: srv.URL, PathStyle: true}
 	try := func() error {
