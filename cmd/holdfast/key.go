@@ -27,7 +27,7 @@ from the repository and from this machine.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.keyList(), a.keyAdd(), a.keyRecovery(), a.keyRemove(), a.keyRotate())
+	cmd.AddCommand(a.keyList(), a.keyAdd(), a.keyRecovery(), a.keyRemove(), a.keyRotate(), a.keyExport(), a.keyImport())
 	for _, c := range cmd.Commands() {
 		c.DisableFlagsInUseLine = true
 	}
@@ -115,29 +115,25 @@ come. Several may be made; "key remove" removes one.`,
 		Example: `  holdfast key recovery --label "safe, 2nd floor" | lp
   holdfast key recovery --out /media/stick/holdfast-recovery.txt`,
 		Args: args(0, 0),
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			var f *os.File
-			if out != "" { // before a key is made that nobody would see
-				if f, err = os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if out == "" {
+				sheet, err := a.open().AddRecovery(cmd.Context(), label)
+				if err != nil {
 					return err
 				}
-				defer func() {
-					if err = errors.Join(err, f.Close()); err != nil {
-						err = errors.Join(err, os.Remove(out))
-					}
-				}()
+				return a.result(sheet, func() string { return sheetText(sheet) })
 			}
-			sheet, err := a.open().AddRecovery(cmd.Context(), label)
+			// The file first: else there would be a key that nobody has seen.
+			f, err := os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
 				return err
 			}
-			if f == nil {
-				return a.result(sheet, func() string { return sheetText(sheet) })
-			}
-			if _, err = f.WriteString(sheetText(sheet)); err == nil {
-				err = f.Sync()
-			}
+			sheet, err := a.open().AddRecovery(cmd.Context(), label)
 			if err != nil {
+				return closeNew(f, err)
+			}
+			_, err = f.WriteString(sheetText(sheet))
+			if err = closeNew(f, err); err != nil {
 				return fmt.Errorf("write the recovery key: %w; remove it with \"holdfast key remove %s\" and make another one", err, short(sheet.ID))
 			}
 			return a.result(sheet.Slot, func() string {
@@ -148,6 +144,17 @@ come. Several may be made; "key remove" removes one.`,
 	cmd.Flags().StringVar(&label, "label", "", "`LABEL` to tell it by; stored in clear")
 	cmd.Flags().StringVar(&out, "out", "", "write it to a new `FILE` that only its owner can read")
 	return cmd
+}
+
+// closeNew closes a new file, which goes when it is not whole.
+func closeNew(f *os.File, err error) error {
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		err = errors.Join(err, os.Remove(f.Name()))
+	}
+	return err
 }
 
 // sheetText is the print-out of a recovery key.
@@ -292,6 +299,88 @@ func rotateText(c repo.RootChange, dryRun bool) string {
 	if len(c.Dropped) > 0 {
 		b.WriteString("These do no more:\n" + keyTable(c.Dropped))
 	}
+	return b.String()
+}
+
+func (a *app) keyExport() *cobra.Command {
+	return &cobra.Command{
+		Use:   "export FILE",
+		Short: "Write a file from which lost keys can be put back",
+		Long: `Write all that opens the repository to a new file: its configuration, its key
+slots and its keyrings, sealed as they are. Without these few kilobytes a
+repository of any size is lost; with the file "key import" puts them back.
+
+The file opens nothing without a passphrase or recovery key. It does not follow
+later changes: export again after each.`,
+		Example: `  holdfast key export /media/stick/holdfast-keys.json`,
+		Args:    args(1, 1),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			content, err := a.open().ExportKeys(cmd.Context())
+			if err != nil {
+				return err
+			}
+			f, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				return err
+			}
+			_, err = f.Write(content)
+			if err := closeNew(f, err); err != nil {
+				return err
+			}
+			v := struct {
+				File  string `json:"file"`
+				Bytes int    `json:"bytes"`
+			}{args[0], len(content)}
+			return a.result(v, func() string { return fmt.Sprintf("The keys are in %s, sealed.\n", args[0]) })
+		},
+	}
+}
+
+func (a *app) keyImport() *cobra.Command {
+	var dryRun bool
+	cmd := &cobra.Command{
+		Use:   "import FILE [--dry-run]",
+		Short: "Put lost keys back from a file",
+		Long: `Put back what a file of "key export" has and the repository lacks. Nothing that is
+there is changed; what is damaged there is listed: move it away and import again.
+
+Then the repository is opened, to see that it does. Passphrases that were removed
+after the export come back only when no other key is left.`,
+		Example: `  holdfast key import /media/stick/holdfast-keys.json --dry-run
+  holdfast key import /media/stick/holdfast-keys.json`,
+		Args: args(1, 1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			done, err := a.open().ImportKeys(cmd.Context(), args[0], dryRun)
+			if err != nil {
+				return err
+			}
+			done.Put, done.There, done.Differs, done.Old = list(done.Put), list(done.There), list(done.Differs), list(done.Old)
+			v := struct {
+				repo.KeyImport
+				DryRun bool `json:"dry_run"`
+			}{done, dryRun}
+			return a.result(v, func() string { return importText(done, dryRun) })
+		},
+	}
+	cmd.Flags().BoolVarP(&dryRun, "dry-run", "n", false, "only list what is missing")
+	return cmd
+}
+
+func importText(k repo.KeyImport, dryRun bool) string {
+	var b strings.Builder
+	put := "put back"
+	if dryRun {
+		put = "would be put back"
+	}
+	for _, l := range []struct {
+		what  string
+		names []string
+	}{{put, k.Put}, {"there, but not what the file has; never touched", k.Differs}, {"of keys that were replaced since; left out", k.Old}} {
+		for _, name := range l.names {
+			fmt.Fprintf(&b, "%s: %s\n", name, l.what)
+		}
+	}
+	fmt.Fprintf(&b, "%s of %s: %d missing, %d there.\n", "Keys of repository "+short(k.Repository), clock(k.Made), len(k.Put), len(k.There))
 	return b.String()
 }
 

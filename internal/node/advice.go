@@ -25,6 +25,7 @@ var advice = []struct {
 	{repo.ErrSlotInUse, "", "say --own to remove it all the same, or open the repository with another one"},
 	{repo.ErrLastSlot, "", "add another one first: \"holdfast key add\""},
 	{repo.ErrNoSlot, "", "\"holdfast key list\" shows what there is"},
+	{repo.ErrKeyFile, "", "use another copy of the file that \"holdfast key export\" wrote"},
 	{repo.ErrNotRepository, "--to", "check --repo or HOLDFAST_REPO, or make one there with \"holdfast init\""},
 	{repo.ErrExist, "", "use it as it is, or choose another directory"},
 	{repo.ErrVersion, "", "use the newer Holdfast that wrote it"},

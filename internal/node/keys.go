@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"strings"
 	"time"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/repo"
 )
 
@@ -202,4 +205,64 @@ func keyNames(slots []repo.Slot) string {
 		}
 	}
 	return strings.Join(names, ", ")
+}
+
+// ExportKeys gives the content of a key file.
+func (n *Node) ExportKeys(ctx context.Context) ([]byte, error) {
+	r, err := n.Repo(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r.ExportKeys(ctx)
+}
+
+// ImportKeys puts back what a key file has and the repository lacks, and then
+// opens it, to see that it does and to remove again what was removed since.
+func (n *Node) ImportKeys(ctx context.Context, file string, dryRun bool) (done repo.KeyImport, err error) {
+	content, err := readKeyFile(file)
+	if err != nil {
+		return done, err
+	}
+	path, err := n.Location()
+	if err != nil {
+		return done, err
+	}
+	store, err := blob.OpenDir(path)
+	if err != nil {
+		return done, fmt.Errorf("open the repository: %w", err)
+	}
+	if done, err = repo.ImportKeys(ctx, store, content, dryRun); err != nil || dryRun {
+		return done, err
+	}
+	r, err := n.Repo(ctx)
+	if err != nil {
+		return done, fmt.Errorf("%s put back, but: %w", objects(len(done.Put)), err)
+	}
+	if err := r.Tidy(ctx); err != nil {
+		n.o.Report.note("warning: %v", err)
+	}
+	return done, nil
+}
+
+func objects(n int) string {
+	if n == 1 {
+		return "1 object was"
+	}
+	return fmt.Sprint(n, " objects were")
+}
+
+func readKeyFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	p, err := io.ReadAll(io.LimitReader(f, repo.MaxKeyFile+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(p) > repo.MaxKeyFile {
+		return nil, fmt.Errorf("%s: %w: it is too long", path, repo.ErrKeyFile)
+	}
+	return p, nil
 }
