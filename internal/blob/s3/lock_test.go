@@ -113,6 +113,32 @@ func TestNoLocks(t *testing.T) {
 	}
 }
 
+// A lock that does not read back is none.
+func TestLockReadBack(t *testing.T) {
+	s := at(t, s3test.New(t, s3test.Options{Locking: true, ForgetLocks: true}), "p")
+	put(t, s, "a", "data")
+	if err := s.Lock(t.Context(), "a", blob.Lock{Until: time.Now().Add(time.Hour), Mode: blob.Governance}); !errors.Is(err, blob.ErrNoLock) {
+		t.Errorf("lock: %v", err)
+	}
+}
+
+// A delete that comes to a lock has not changed the object, though it has begun.
+func TestDeleteHalfWay(t *testing.T) {
+	srv := s3test.New(t, s3test.Options{Locking: true})
+	s := at(t, srv, "p")
+	put(t, s, "a", "old")
+	srv.Overwrite("p/a", []byte("new"))
+	if err := s.Lock(t.Context(), "a", blob.Lock{Until: time.Now().Add(time.Hour), Mode: blob.Governance}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Delete(t.Context(), "a"); !errors.Is(err, blob.ErrLocked) {
+		t.Errorf("delete: %v", err)
+	}
+	if p, err := s.Get(t.Context(), "a", 0, -1); string(p) != "new" {
+		t.Errorf("afterwards: %q, %v", p, err)
+	}
+}
+
 // A delete in a bucket with versions leaves none, and none comes to light.
 func TestDeleteVersions(t *testing.T) {
 	srv := s3test.New(t, s3test.Options{Versioned: true, Page: 2})

@@ -45,6 +45,8 @@ type Options struct {
 	IgnoreConditions bool
 	// IgnoreLocks makes one that accepts locks and does not keep them.
 	IgnoreLocks bool
+	// ForgetLocks makes one that accepts locks and does not even show them.
+	ForgetLocks bool
 	// Page is how many keys a listing has at most; 0 means 1000.
 	Page int
 	// Delay of every request.
@@ -462,7 +464,9 @@ func (s *Server) putRetention(r *http.Request, key string, body []byte) answer {
 	case s.locked(v, r) && (want.RetainUntilDate.Before(v.until) || want.Mode != v.mode):
 		return fail(403, "AccessDenied", "Access Denied because object protected by object lock.")
 	}
-	v.mode, v.until = want.Mode, want.RetainUntilDate
+	if !s.o.ForgetLocks {
+		v.mode, v.until = want.Mode, want.RetainUntilDate
+	}
 	return answer{200, http.Header{}, nil}
 }
 
