@@ -8,7 +8,7 @@ Holdfast and is written to be read, not to be fast.
     holdfast_reader.py REPO points                     list the restore points
     holdfast_reader.py REPO verify [--keyless]         chain, signatures, digests; with a passphrase every item
     holdfast_reader.py REPO disk POINT DISK FILE       write a disk as a sparse raw file
-    holdfast_reader.py REPO files POINT DIRECTORY      write the VM's configuration files
+    holdfast_reader.py REPO restore POINT DIRECTORY    write all disks as DISK.raw, and the VM's configuration
 
 The passphrase is taken from HOLDFAST_PASSPHRASE, the file that HOLDFAST_PASSPHRASE_FILE names, or a prompt.
 Debian: apt install python3-cryptography python3-argon2 python3-zstandard. BLAKE3, Snappy and CRC-32C are below.
@@ -649,11 +649,13 @@ def restore_disk(repo, args):
     sys.exit("point %s has no disk %s" % (point["id"], args.disk))
 
 
-def restore_files(repo, args):
+def restore(repo, args):
     os.makedirs(args.directory, exist_ok=True)
-    for f in find_point(repo, args.point).get("files") or []:
-        need(os.path.basename(f["name"]) == f["name"] not in ("", ".", ".."), "file name %r" % f["name"])
-        repo.write(f["root"], f["size"], os.path.join(args.directory, f["name"]))
+    point = find_point(repo, args.point)
+    parts = [(d["id"] + ".raw", d) for d in point.get("disks") or []] + [(f["name"], f) for f in point.get("files") or []]
+    for name, part in parts:
+        need(name not in ("", ".", "..") and not re.search(r"[/\\\0]", name), "name %r" % name)
+        repo.write(part["root"], part["size"], os.path.join(args.directory, name))
 
 
 def main():
@@ -664,8 +666,8 @@ def main():
     verify = commands.add_parser("verify")
     verify.add_argument("--keyless", action="store_true")
     disk = commands.add_parser("disk")
-    files = commands.add_parser("files")
-    for p, rest in ((disk, ("point", "disk", "file")), (files, ("point", "directory"))):
+    everything = commands.add_parser("restore")
+    for p, rest in ((disk, ("point", "disk", "file")), (everything, ("point", "directory"))):
         for name in rest:
             p.add_argument(name)
     args = parser.parse_args()
@@ -687,7 +689,7 @@ def main():
         elif args.command == "disk":
             restore_disk(repo, args)
         else:
-            restore_files(repo, args)
+            restore(repo, args)
     except (Damage, OSError) as e:
         sys.exit("holdfast_reader: %s" % e)
     return 0
