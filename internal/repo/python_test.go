@@ -21,8 +21,13 @@ const pythonReader = "../../test/reader/holdfast_reader.py"
 // python runs the reader that was written from docs/format.md alone.
 func python(t *testing.T, dir string, args ...string) ([]byte, error) {
 	t.Helper()
+	return pythonWith(t, string(secret), dir, args...)
+}
+
+func pythonWith(t *testing.T, passphrase, dir string, args ...string) ([]byte, error) {
+	t.Helper()
 	c := exec.Command("/usr/bin/python3", append([]string{pythonReader, dir}, args...)...)
-	c.Env = append(os.Environ(), "HOLDFAST_PASSPHRASE="+string(secret), "HOLDFAST_PASSPHRASE_FILE=", "PYTHONDONTWRITEBYTECODE=1")
+	c.Env = append(os.Environ(), "HOLDFAST_PASSPHRASE="+passphrase, "HOLDFAST_PASSPHRASE_FILE=", "PYTHONDONTWRITEBYTECODE=1")
 	out, err := c.Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
