@@ -124,7 +124,7 @@ func (a *app) root() *cobra.Command {
 		&cobra.Group{ID: "recover", Title: "Run from the backup:"},
 	)
 	root.AddCommand(
-		a.initCommand(), a.vms(), a.backup(), a.check(),
+		a.initCommand(), a.vms(), a.backup(), a.check(), a.repair(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
 		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(),
 		a.version(), a.serve(), a.thaw(),

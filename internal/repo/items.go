@@ -97,7 +97,7 @@ func (r *Repo) present(id pack.ID) (bool, error) {
 // item reads one item and appends its content to dst, at most max bytes: from
 // any copy that opens. A copy is read twice before it is called bad.
 func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
-	places, err := r.places(id)
+	places, err := r.copies(id)
 	if err != nil {
 		return dst, err
 	}
