@@ -23,7 +23,7 @@ func TestLocation(t *testing.T) {
 	t.Setenv("AWS_ENDPOINT_URL_S3", "")
 	t.Setenv("AWS_ENDPOINT_URL", "")
 	for repo, want := range map[string]string{
-		"s3://bucket/a/?path-style=0": "s3://bucket/a?region=eu-west-1", "s3://key:secret@bucket": "", "gs://bucket": "",
+		"s3://bucket/a/?path-style=0": "s3://bucket/a?endpoint=https://s3.amazonaws.com&region=eu-west-1", "s3://key:secret@bucket": "", "gs://bucket": "",
 		"/a/b": "/a/b", "dir": abs, "file:///a/b": "/a/b", "file://localhost/a": "/a",
 		"": "", "file://host/a": "", "s3://": "", "file://": "",
 	} {

@@ -41,9 +41,10 @@ type Options struct {
 //
 //	s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME&path-style=0|1&ca=FILE]
 //
-// What is not said comes from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION
-// and AWS_DEFAULT_REGION, read by getenv. path-style is 1 but for AWS.
-// Credentials never stand in a URL: it is recorded and shown.
+// Without an endpoint it is that of AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, else
+// AWS, with the region of AWS_REGION or AWS_DEFAULT_REGION, as getenv reads them;
+// a URL that has one says all itself, as those of String do. path-style is 1 but
+// for AWS. Credentials never stand in a URL: it is recorded and shown.
 func Parse(raw string, getenv func(string) string) (Options, error) {
 	bad := func(format string, args ...any) (Options, error) {
 		// url.Parse's own errors quote the URL, which may hold a secret.
@@ -77,12 +78,15 @@ func Parse(raw string, getenv func(string) string) (Options, error) {
 		}
 		return bad("%s is unknown", k)
 	}
-	o.Endpoint = cmp.Or(q.Get("endpoint"), getenv("AWS_ENDPOINT_URL_S3"), getenv("AWS_ENDPOINT_URL"), awsEndpoint)
+	o.Endpoint, o.Region = q.Get("endpoint"), q.Get("region")
+	if o.Endpoint == "" {
+		o.Endpoint = cmp.Or(getenv("AWS_ENDPOINT_URL_S3"), getenv("AWS_ENDPOINT_URL"), awsEndpoint)
+		o.Region = cmp.Or(o.Region, getenv("AWS_REGION"), getenv("AWS_DEFAULT_REGION"))
+	}
 	o.Endpoint = strings.TrimSuffix(o.Endpoint, "/")
 	if err := checkEndpoint(o.Endpoint); err != nil {
 		return bad("%v", err)
 	}
-	o.Region = cmp.Or(q.Get("region"), getenv("AWS_REGION"), getenv("AWS_DEFAULT_REGION"))
 	o.PathStyle = !o.aws()
 	if s := q.Get("path-style"); s != "" {
 		if o.PathStyle, err = strconv.ParseBool(s); err != nil {
@@ -131,9 +135,7 @@ func (o Options) String() string {
 	add := func(k, v string) {
 		q = append(q, k+"="+strings.NewReplacer("%3A", ":", "%2F", "/").Replace(url.QueryEscape(v)))
 	}
-	if o.Endpoint != "" && o.Endpoint != awsEndpoint {
-		add("endpoint", o.Endpoint)
-	}
+	add("endpoint", cmp.Or(o.Endpoint, awsEndpoint))
 	if o.Region != "" {
 		add("region", o.Region)
 	}
