@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"holdfast/internal/blob"
 	"holdfast/internal/repo"
 )
 
@@ -227,7 +226,7 @@ func (n *Node) ImportKeys(ctx context.Context, file string, dryRun bool) (done r
 	if err != nil {
 		return done, err
 	}
-	store, err := blob.OpenDir(path)
+	store, err := n.openStore(ctx, path)
 	if err != nil {
 		return done, fmt.Errorf("open the repository: %w", err)
 	}

@@ -52,11 +52,7 @@ func onS3(location string) bool { return strings.HasPrefix(location, s3.Scheme+"
 
 // store opens the store of the repository at a location, which must hold one.
 func (n *Node) store(ctx context.Context, location string) (s blob.Store, err error) {
-	if onS3(location) {
-		s, err = n.openS3(ctx, location)
-	} else {
-		s, err = blob.OpenDir(location)
-	}
+	s, err = n.openStore(ctx, location)
 	if errors.Is(err, fs.ErrNotExist) && !onS3(location) {
 		return nil, fmt.Errorf("%s: %w", location, repo.ErrNotRepository)
 	} else if err != nil {
@@ -69,6 +65,19 @@ func (n *Node) store(ctx context.Context, location string) (s blob.Store, err er
 		return nil, fmt.Errorf("%s: %w", location, repo.ErrNotRepository)
 	case err != nil && onS3(location) && !errors.Is(err, blob.ErrTruncated):
 		return nil, fmt.Errorf("open the repository %s: %w", location, err)
+	}
+	return s, nil
+}
+
+// openStore opens the store at a location, whatever is in it.
+func (n *Node) openStore(ctx context.Context, location string) (s blob.Store, err error) {
+	if onS3(location) {
+		s, err = n.openS3(ctx, location)
+	} else {
+		s, err = blob.OpenDir(location)
+	}
+	if err != nil {
+		return nil, err
 	}
 	return blob.Limit(s, n.o.Rates), nil
 }
