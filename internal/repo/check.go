@@ -48,6 +48,8 @@ type CheckReport struct {
 	Mended int `json:"mended_packs"`
 	// Distrusted counts damaged copies that the next runs will store again.
 	Distrusted int `json:"distrusted"`
+
+	worn []wornPack // damaged and not mended
 }
 
 // Problem is one thing that is wrong.
@@ -262,7 +264,7 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 	if err != nil {
 		return err
 	}
-	w := wornPack{name: name, what: what, items: len(items)}
+	w := wornPack{name: name, what: what, items: items, bad: map[pack.ID]bool{}, there: p != nil}
 	off := uint32(seal.HeaderLen)
 	for i, it := range items {
 		at := index.Place{Pack: name, Number: uint32(i), Offset: off, Stored: it.Stored}
@@ -270,11 +272,11 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 		if p != nil && c.opens(p, at, it.ID) {
 			continue
 		}
-		w.bad = append(w.bad, it.ID)
+		w.bad[it.ID] = true
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, id := range w.bad {
+	for id := range w.bad {
 		c.bad[badKey{name, id}] = true
 	}
 	c.worn = append(c.worn, w)
@@ -407,10 +409,14 @@ func (c *checker) distrust(ctx context.Context) error {
 		}
 	}
 	c.report.Distrusted = len(items)
+	return c.r.distrust(ctx, items)
+}
+
+func (r *Repo) distrust(ctx context.Context, items []badItem) error {
 	for len(items) > 0 {
 		n := min(len(items), distrustItems)
 		e := entrySealed{Items: items[:n]}
-		if err := c.r.append(ctx, kindDistrust, entryClear{}, e, func(*state) error { return nil }); err != nil {
+		if err := r.append(ctx, kindDistrust, entryClear{}, e, func(*state) error { return nil }); err != nil {
 			return fmt.Errorf("record the damage, so that the next backups mend it: %w", err)
 		}
 		items = items[n:]

@@ -43,30 +43,36 @@ func readTwice(ctx context.Context, s blob.Store, name string, sum [32]byte) (p 
 	return p, what, nil
 }
 
-// wornPack is a pack of which something is lost.
+// wornPack is a pack that is not what it was.
 type wornPack struct {
 	name  [32]byte
 	what  string
-	items int
-	bad   []pack.ID
+	items []index.Item
+	bad   map[pack.ID]bool // items that are lost with it
+	there bool             // its bytes can be read
 }
 
-// packProblems reports the damaged packs, but for those whose damage the chain
-// knows and of which every lost item lies elsewhere by now: that is mended, and
+// packProblems reports the damaged packs, but for those that the chain knows to
+// be so and of which every item lies elsewhere by now: that is mended, and
 // prune will remove what is left.
 func (c *checker) packProblems() {
 	known := c.r.current().bad
 	for _, w := range c.worn {
 		mended := true
-		for _, id := range w.bad {
-			ok, err := c.readable(id)
-			mended = mended && known[badKey{w.name, id}] && ok && err == nil
+		for _, it := range w.items {
+			ok, err := c.readable(it.ID)
+			mended = mended && known[badKey{w.name, it.ID}] && ok && err == nil
 		}
-		if mended && len(w.bad) > 0 {
+		if mended {
 			c.report.Mended++
 			continue
 		}
-		c.problem(Problem{Object: packName(w.name), What: fmt.Sprintf("%s: %d of %d chunks lost", w.what, len(w.bad), w.items)})
+		c.report.worn = append(c.report.worn, w)
+		what := fmt.Sprintf("%s: %d of %d chunks lost", w.what, len(w.bad), len(w.items))
+		if len(w.bad) == 0 {
+			what += "; \"holdfast repair\" stores them where they are safe"
+		}
+		c.problem(Problem{Object: packName(w.name), What: what})
 	}
 }
 

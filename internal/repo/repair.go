@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"slices"
 
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
 
@@ -34,7 +36,8 @@ type RepairReport struct {
 }
 
 // Repair checks the repository, which marks what is damaged as lost and
-// rebuilds lost index objects, and stores anew what From has of what is lost.
+// rebuilds lost index objects, and stores anew what still opens of damaged
+// packs, and what From has of what is lost.
 // Ids are keyed, so the two have no id in common: what lies at the same place
 // of the same disk, in the same restore point or another one of the same VM, is
 // read from there and taken if it has the id that is wanted here. So a wrong
@@ -47,15 +50,17 @@ func (r *Repo) Repair(ctx context.Context, o RepairOptions) (*RepairReport, erro
 		return nil, err
 	}
 	report := &RepairReport{Check: check, Left: lostPoints(check)}
-	if o.From == nil || len(report.Left) == 0 {
+	if len(check.worn) == 0 && (o.From == nil || len(report.Left) == 0) {
 		return report, nil
 	}
-	if o.From.id == r.id {
-		return nil, errors.New("a repository cannot be repaired from itself")
-	}
-	sources, err := o.From.Points(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("the other repository: %w", err)
+	var sources []Point
+	if o.From != nil {
+		if o.From.id == r.id {
+			return nil, errors.New("a repository cannot be repaired from itself")
+		}
+		if sources, err = o.From.Points(ctx); err != nil {
+			return nil, fmt.Errorf("the other repository: %w", err)
+		}
 	}
 	run, err := r.Begin(ctx, RandomID())
 	if err != nil {
@@ -63,7 +68,10 @@ func (r *Repo) Repair(ctx context.Context, o RepairOptions) (*RepairReport, erro
 	}
 	f := &refill{r: r, run: run, o: o, sources: sources, report: report, tried: map[tree.ID]bool{},
 		packer: &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}}
-	err = f.points(ctx)
+	err = f.salvage(ctx, check.worn)
+	if err == nil {
+		err = f.points(ctx)
+	}
 	if err == nil {
 		err = f.packer.flush(ctx)
 	}
@@ -72,6 +80,9 @@ func (r *Repo) Repair(ctx context.Context, o RepairOptions) (*RepairReport, erro
 	}
 	// Closing a run that made no point announces what it stored.
 	if err = errors.Join(err, run.Close()); err != nil {
+		return nil, err
+	}
+	if err := f.give(ctx, check.worn); err != nil {
 		return nil, err
 	}
 	after, err := r.Check(ctx, CheckOptions{})
@@ -364,3 +375,76 @@ func (at *place) sources(ctx context.Context) []*DiskReader {
 
 // maxSources bounds how many points of a history are asked for one chunk.
 const maxSources = 16
+
+// salvage stores anew what still opens of damaged packs: what is left of them
+// may be no more than luck, and their directories are not to be relied on.
+func (f *refill) salvage(ctx context.Context, worn []wornPack) error {
+	for _, w := range worn {
+		if !w.there {
+			continue
+		}
+		off := uint32(seal.HeaderLen)
+		for i, it := range w.items {
+			at := index.Place{Pack: w.name, Number: uint32(i), Offset: off, Stored: it.Stored}
+			off += it.Stored
+			if elsewhere, err := f.elsewhere(it.ID, w.name); err != nil {
+				return err
+			} else if w.bad[it.ID] || elsewhere {
+				continue
+			}
+			content, err := f.r.open(ctx, nil, at, it.ID, pack.MaxContent)
+			if errors.Is(err, ErrDamaged) {
+				continue // it has become worse
+			} else if err != nil {
+				return err
+			}
+			if err := f.again(ctx, it.ID, content); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// elsewhere reports whether an item has a good copy in another pack.
+func (f *refill) elsewhere(id pack.ID, name [32]byte) (bool, error) {
+	places, err := f.r.places(id)
+	return slices.ContainsFunc(places, func(p index.Place) bool { return p.Pack != name }), err
+}
+
+// again stores an item though there is a copy of it.
+func (f *refill) again(ctx context.Context, id pack.ID, content []byte) error {
+	f.run.mu.Lock()
+	known := f.run.fresh[id]
+	f.run.fresh[id] = true
+	f.run.mu.Unlock()
+	if known {
+		return nil
+	}
+	f.report.Bytes += int64(len(content))
+	f.progress()
+	if f.r.nodeID(content) == id {
+		f.report.Nodes++
+		return f.run.nodes.add(ctx, id, 0, len(content), append([]byte{0}, content...))
+	}
+	f.report.Chunks++
+	return f.packer.add(ctx, id, 0, len(content), f.r.compressor.Encode(nil, content))
+}
+
+// give gives up what damaged packs hold and others do as well.
+func (f *refill) give(ctx context.Context, worn []wornPack) error {
+	var items []badItem
+	known := f.r.current().bad
+	for _, w := range worn {
+		for _, it := range w.items {
+			elsewhere, err := f.elsewhere(it.ID, w.name)
+			if err != nil {
+				return err
+			}
+			if elsewhere && !known[badKey{w.name, it.ID}] {
+				items = append(items, badItem{w.name[:], it.ID[:]})
+			}
+		}
+	}
+	return f.r.distrust(ctx, items)
+}
