@@ -105,7 +105,7 @@ func checkText(r *repo.CheckReport, readData, keyless bool, d time.Duration) str
 	read := "their data was not read (--read-data)"
 	if readData {
 		read = size(r.ReadBytes) + " read and authenticated"
-		if r.ReadPacks < r.Packs {
+		if r.Unread > 0 {
 			read += fmt.Sprintf(", %s never read by this machine", count(r.Unread, "pack"))
 		}
 	}
@@ -179,7 +179,7 @@ The exit status is 1 when restore points still lack something.`,
 				return err
 			}
 			if n := pointsOf(report.Left); n > 0 {
-				return fmt.Errorf("%w: %s still lacks data; back up the VMs again, or repair from another copy", errDamage, count(n, "restore point"))
+				return fmt.Errorf("%w: %s without all data; back up the VMs again, or repair from another copy", errDamage, count(n, "restore point"))
 			}
 			return nil
 		},
@@ -195,7 +195,7 @@ func repairText(r *repo.RepairReport, q node.RepairRequest, d time.Duration) str
 	if len(r.Check.Problems) > 0 && len(r.Left) > 0 && q.From != "" {
 		b.WriteString("Left:\n" + problemTable(r.Left))
 	}
-	fmt.Fprintf(&b, "%s; %s and %s stored anew, %s: %s still lack data; %s\n", count(len(r.Check.Problems), "problem"),
-		count(r.Chunks, "chunk"), count(r.Nodes, "map node"), size(r.Bytes), count(pointsOf(r.Left), "restore point"), took(d))
+	fmt.Fprintf(&b, "%s; %s and %s stored anew, %s; restore points that still lack data: %d; %s\n", count(len(r.Check.Problems), "problem"),
+		count(r.Chunks, "chunk"), count(r.Nodes, "map node"), size(r.Bytes), pointsOf(r.Left), took(d))
 	return b.String()
 }

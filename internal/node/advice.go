@@ -20,8 +20,8 @@ var advice = []struct {
 	unless string
 	say    string
 }{
-	{repo.ErrPassphrase, "", "check HOLDFAST_PASSPHRASE or HOLDFAST_PASSPHRASE_FILE, or type it again"},
-	{repo.ErrNotRepository, "", "check --repo or HOLDFAST_REPO, or make one there with \"holdfast init\""},
+	{repo.ErrPassphrase, "or type it again", "check HOLDFAST_PASSPHRASE or HOLDFAST_PASSPHRASE_FILE, or type it again"},
+	{repo.ErrNotRepository, "; check --", "check --repo or HOLDFAST_REPO, or make one there with \"holdfast init\""},
 	{repo.ErrExist, "", "use it as it is, or choose another directory"},
 	{repo.ErrVersion, "", "use the newer Holdfast that wrote it"},
 	{repo.ErrRolledBack, "", "put the newer state back, or find out who restored an old copy; nothing was changed"},

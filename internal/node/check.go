@@ -131,6 +131,8 @@ func (n *Node) from(ctx context.Context, q RepairRequest) (*Node, error) {
 	from := &Node{o: o, state: n.state}
 	if _, err := from.Repo(ctx); errors.Is(err, repo.ErrPassphrase) {
 		return nil, fmt.Errorf("--from: %w; check HOLDFAST_FROM_PASSPHRASE or HOLDFAST_FROM_PASSPHRASE_FILE, or type it again", err)
+	} else if errors.Is(err, repo.ErrNotRepository) {
+		return nil, fmt.Errorf("--from: %w; check --from", err)
 	} else if err != nil {
 		return nil, fmt.Errorf("--from: %w", err)
 	}
