@@ -54,6 +54,7 @@ type entrySealed struct {
 	Points []PointID `json:"points,omitempty"`
 	Packs  []string  `json:"packs,omitempty"`
 	Items  []badItem `json:"items,omitempty"`
+	Until  *Until    `json:"until,omitempty"`
 }
 
 // badItem is a copy of an item that cannot be read.
@@ -74,10 +75,16 @@ type state struct {
 	digest     [32]byte // of entry head, or of config
 	points     map[PointID]Point
 	order      []PointID
-	indexes    map[[32]byte]bool // live index objects
-	over       map[string]kind   // leases: committed or revoked
-	quarantine map[[32]byte]bool // packs
+	forgotten  map[PointID]Point   // a pin may still keep their data
+	keep       map[PointID]Until   // marked to stay
+	indexes    map[[32]byte]bool   // live index objects
+	added      map[[32]byte]adding // by what entry, of each of those
+	over       map[string]kind     // leases: committed or revoked
+	quarantine map[[32]byte]uint64 // packs, and the entry that put them there
 	bad        map[badKey]bool
+	// quarantined is the newest entry that put packs into quarantine, moved the
+	// newest that changed which copies count: quarantine, sweep, distrust.
+	quarantined, moved uint64
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps.
 	gaps []string
@@ -85,9 +92,16 @@ type state struct {
 	unknown bool
 }
 
+// adding tells when, and in which run, an index object was added.
+type adding struct {
+	entry uint64
+	lease string
+}
+
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, indexes: map[[32]byte]bool{},
-		over: map[string]kind{}, quarantine: map[[32]byte]bool{}, bad: map[badKey]bool{}}
+	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]Point{}, keep: map[PointID]Until{},
+		indexes: map[[32]byte]bool{}, added: map[[32]byte]adding{},
+		over: map[string]kind{}, quarantine: map[[32]byte]uint64{}, bad: map[badKey]bool{}}
 }
 
 func entryName(n uint64) string { return fmt.Sprintf("chain/%012d", n) }
@@ -138,7 +152,9 @@ func (s *state) skip(why error) {
 // take changes the state as the entry says.
 func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	switch k {
-	case kindAdd, kindSweep, kindKeys, kindKeep:
+	case kindAdd, kindKeys:
+	case kindSweep:
+		s.moved = c.Number
 	case kindCommit:
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
@@ -148,7 +164,18 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		s.over[c.Lease] = k
 	case kindForget:
 		for _, id := range e.Points {
-			delete(s.points, id)
+			if p, ok := s.points[id]; ok {
+				s.forgotten[id] = p
+				delete(s.points, id)
+			}
+		}
+	case kindKeep:
+		for _, id := range e.Points {
+			if e.Until == nil || *e.Until == "" {
+				delete(s.keep, id)
+			} else {
+				s.keep[id] = *e.Until
+			}
 		}
 	case kindRevoke:
 		s.over[c.Lease] = k
@@ -158,8 +185,11 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			if err != nil {
 				return err
 			}
-			s.quarantine[name] = true
+			if s.quarantine[name] == 0 {
+				s.quarantine[name] = c.Number
+			}
 		}
+		s.quarantined, s.moved = c.Number, c.Number
 	case kindDistrust:
 		for _, i := range e.Items {
 			if len(i.Pack) != 32 || len(i.ID) != 32 {
@@ -167,6 +197,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			}
 			s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 		}
+		s.moved = c.Number
 	default:
 		return fmt.Errorf("%w: chain entry of kind %d", ErrVersion, k)
 	}
@@ -175,10 +206,13 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			return fmt.Errorf("%w: index digest", ErrDamaged)
 		}
 		s.indexes[[32]byte(d)] = true
+		s.added[[32]byte(d)] = adding{c.Number, c.Lease}
 	}
 	for _, d := range c.Drops {
 		if len(d) == 32 {
 			delete(s.indexes, [32]byte(d))
+			delete(s.added, [32]byte(d))
+			s.moved = c.Number
 		}
 	}
 	return nil
@@ -326,6 +360,12 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 	for {
 		p, err := r.store.Get(ctx, entryName(s.head+1), 0, -1)
 		if errors.Is(err, blob.ErrNotExist) {
+			// An index object that is gone may have been replaced meanwhile.
+			if err := r.readIndexes(ctx, s); errors.Is(err, errMoved) {
+				continue
+			} else if err != nil {
+				return err
+			}
 			break
 		} else if err != nil {
 			return err
@@ -336,9 +376,6 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 		if err := r.applyOrSkip(s, p); err != nil {
 			return err
 		}
-	}
-	if err := r.readIndexes(ctx, s); err != nil {
-		return err
 	}
 	if s == old {
 		return nil
@@ -353,6 +390,7 @@ func (s *state) clone() *state {
 	c := *s
 	c.points, c.indexes, c.over = cloneMap(s.points), cloneMap(s.indexes), cloneMap(s.over)
 	c.quarantine, c.bad = cloneMap(s.quarantine), cloneMap(s.bad)
+	c.forgotten, c.keep, c.added = cloneMap(s.forgotten), cloneMap(s.keep), cloneMap(s.added)
 	c.order = append([]PointID(nil), s.order...)
 	return &c
 }
@@ -446,8 +484,8 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 }
 
 // putIndex stores an index object for the packs.
-func (r *Repo) putIndex(ctx context.Context, packs []index.Pack) ([32]byte, error) {
-	c := indexClear{Packs: make([]packRow, len(packs))}
+func (r *Repo) putIndex(ctx context.Context, packs []index.Pack, supersedes ...seal.Hex) ([32]byte, error) {
+	c := indexClear{Packs: make([]packRow, len(packs)), Supersedes: supersedes}
 	for i, k := range packs {
 		c.Packs[i] = packRow{k.Name, k.Size, k.Kind}
 	}

@@ -51,6 +51,17 @@ type Problem struct {
 // the chain, so that the next runs store again what they meet of it. An error
 // means that the check itself could not be done.
 func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
+	for {
+		report, err := r.check(ctx, o)
+		if !errors.Is(err, errMoved) {
+			return report, err
+		}
+	}
+}
+
+// check fails with errMoved when what it found wrong may be the work of a
+// prune beside it.
+func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
 	c := &checker{r: r, o: o, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
 	if err := c.chain(ctx); err != nil {
 		return nil, err
@@ -62,6 +73,9 @@ func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 		return nil, err
 	}
 	if err := c.points(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.still(ctx); err != nil {
 		return nil, err
 	}
 	if len(c.r.current().gaps) > 0 {
@@ -84,6 +98,7 @@ type checker struct {
 	o     CheckOptions
 	packs map[[32]byte]packInfo
 	lost  map[tree.ID]int64 // by node: chunks below that cannot be read
+	moved uint64            // state.moved at the start
 
 	mu     sync.Mutex // guards what follows
 	bad    map[badKey]bool
@@ -102,6 +117,7 @@ func (c *checker) chain(ctx context.Context) error {
 		return err
 	}
 	known := c.r.current()
+	c.moved = known.moved
 	p, err := c.r.store.Get(ctx, configName, 0, -1)
 	if err != nil {
 		return err
@@ -132,6 +148,9 @@ func (c *checker) indexes(ctx context.Context) error {
 		packs, err := c.r.readIndex(ctx, d)
 		if errors.Is(err, ErrDamaged) {
 			c.problem(Problem{Object: indexName(d), What: err.Error()})
+			if err := c.still(ctx); err != nil {
+				return err
+			}
 			lost[d] = true
 			continue
 		} else if err != nil {
@@ -151,7 +170,11 @@ func (c *checker) indexes(ctx context.Context) error {
 }
 
 func (c *checker) note(index [32]byte, packs []index.Pack) {
+	s := c.r.current()
 	for i, k := range packs {
+		if s.quarantine[k.Name] != 0 {
+			continue // nothing may rest on it, and it may be gone any time
+		}
 		c.packs[k.Name] = packInfo{k.Size, index, i}
 		c.report.PackBytes += k.Size
 	}
@@ -384,6 +407,21 @@ func (c *checker) distrust(ctx context.Context) error {
 			return fmt.Errorf("record the damage, so that the next backups mend it: %w", err)
 		}
 		items = items[n:]
+	}
+	return nil
+}
+
+// still fails with errMoved when there are problems, and copies were moved
+// since the check began: then it must begin again.
+func (c *checker) still(ctx context.Context) error {
+	if len(c.report.Problems) == 0 {
+		return nil
+	}
+	if err := c.r.refresh(ctx); err != nil {
+		return err
+	}
+	if c.r.current().moved != c.moved {
+		return errMoved
 	}
 	return nil
 }

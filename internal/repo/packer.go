@@ -95,6 +95,7 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 		run.mu.Lock()
 		defer run.mu.Unlock()
 		run.packs = append(run.packs, p)
+		run.uses[p.Name] = true
 		run.stored += p.Size
 		run.packedItems += len(p.Items)
 	})

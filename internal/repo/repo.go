@@ -66,6 +66,7 @@ type Point struct {
 	ReadBytes     int64     `json:"read_bytes"`   // read from the host for this point
 	NewBytes      int64     `json:"new_bytes"`    // plain bytes of chunks that were new to the repository; set by Commit
 	StoredBytes   int64     `json:"stored_bytes"` // bytes that the run added to packs; set by Commit
+	Keep          Until     `json:"-"`            // marked to stay; from the chain
 }
 
 // Disk is one disk of a Point.
@@ -160,6 +161,7 @@ func (r *Repo) Points(ctx context.Context) ([]Point, error) {
 	points := make([]Point, 0, len(r.state.points))
 	for _, id := range r.state.order {
 		if p, ok := r.state.points[id]; ok {
+			p.Keep = r.state.keep[id]
 			points = append(points, p)
 		}
 	}

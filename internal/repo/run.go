@@ -54,6 +54,10 @@ type Run struct {
 	stored      int64                  // bytes in packs stored so far
 	newPlain    int64                  // plain bytes of new chunks
 	shelf       []shelved              // index objects that no entry has added yet
+	uses        map[[32]byte]bool      // packs on which the point will rest
+	disks       []*packer              // of disks, finished or not
+	bases       []Root                 // maps that disks began as copies of
+	verified    uint64                 // up to that quarantine all was found present
 
 	committed bool
 }
@@ -81,7 +85,7 @@ func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
 		return nil, fmt.Errorf("open a lease: %w", err)
 	}
 	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks),
-		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}}
+		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, uses: map[[32]byte]bool{}}
 	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
 	run.files = &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
@@ -135,12 +139,16 @@ func (run *Run) claim(id pack.ID, n *tree.Node) (bool, error) {
 	if known {
 		return false, nil
 	}
-	there, err := run.r.present(id)
-	if err != nil || there {
+	in, there, err := run.r.presentIn(id)
+	if err != nil {
 		return false, err
 	}
 	run.mu.Lock()
 	defer run.mu.Unlock()
+	if there {
+		run.uses[in] = true
+		return false, nil
+	}
 	if run.fresh[id] {
 		return false, nil
 	}
@@ -227,7 +235,7 @@ func (run *Run) announce(ctx context.Context) error {
 	if len(run.shelf) == 0 {
 		return nil
 	}
-	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayCommit); err != nil {
+	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayAnnounce); err != nil {
 		return err
 	}
 	run.settle()
@@ -242,8 +250,8 @@ func (run *Run) entry() entryClear {
 	return c
 }
 
-// mayCommit refuses once the lease is over.
-func (run *Run) mayCommit(s *state) error {
+// mayAnnounce refuses once the lease is over.
+func (run *Run) mayAnnounce(s *state) error {
 	if s.over[run.lease] == kindRevoke {
 		return ErrRevoked
 	}
@@ -284,8 +292,14 @@ func (run *Run) PutFile(ctx context.Context, name string, data []byte) (File, er
 // Flush makes durable all that was written and finished: after it only the
 // commit itself is left to do.
 func (run *Run) Flush(ctx context.Context) error {
-	if err := errors.Join(run.files.flush(ctx), run.nodes.flush(ctx)); err != nil {
-		return err
+	// A disk that was given up holds chunks that others of this run rely on.
+	run.mu.Lock()
+	disks := slices.Clone(run.disks)
+	run.mu.Unlock()
+	for _, k := range append(disks, run.files, run.nodes) {
+		if err := k.flush(ctx); err != nil {
+			return err
+		}
 	}
 	run.storing.Wait()
 	if err := run.failed(); err != nil {
@@ -308,7 +322,7 @@ func (run *Run) Commit(ctx context.Context, p *Point) error {
 	run.mu.Lock()
 	p.ID, p.NewBytes, p.StoredBytes = PointID(RandomID()), run.newPlain, run.stored
 	run.mu.Unlock()
-	if err := run.r.append(ctx, kindCommit, run.entry(), entrySealed{Point: p}, run.mayCommit); err != nil {
+	if err := run.appendPoint(ctx, p); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
 	run.settle()

@@ -33,7 +33,11 @@ type Counts struct {
 // Disk starts a disk's new map. With base the new disk begins as a copy of
 // it, cut or extended by zeros to size; with nil as zeros.
 func (run *Run) Disk(ctx context.Context, base *DiskReader, size int64) (*DiskWriter, error) {
-	return run.disk(ctx, base, size, &packer{run: run, kind: pack.Chunks, target: chunkPackBytes})
+	k := &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
+	run.mu.Lock()
+	run.disks = append(run.disks, k)
+	run.mu.Unlock()
+	return run.disk(ctx, base, size, k)
 }
 
 func (run *Run) disk(ctx context.Context, base *DiskReader, size int64, k *packer) (*DiskWriter, error) {
@@ -41,6 +45,9 @@ func (run *Run) disk(ctx context.Context, base *DiskReader, size int64, k *packe
 	var old int64
 	if base != nil {
 		root, old = base.root, base.size
+		run.mu.Lock()
+		run.bases = append(run.bases, Root(root.String()))
+		run.mu.Unlock()
 	}
 	w, err := tree.NewWriter(ctx, run.fetchNode, run.storeNode, root, old, size)
 	if err != nil {
