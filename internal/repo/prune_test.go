@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"holdfast/internal/blob"
@@ -228,48 +227,54 @@ func TestPrunedUnderRun(t *testing.T) {
 // A dead lease is watched and revoked, a living one is not; the one revoked
 // cannot commit.
 func TestPruneWatch(t *testing.T) {
-	// What compresses is made at its first use, and is not to belong to the bubble.
-	mustSave(t, create(t, new(blob.Mem)), "a", random(1, 2))
-	synctest.Test(t, func(t *testing.T) {
-		store := new(blob.Mem)
-		r, pruner := create(t, store), reopen(t, store)
-		dead := mustSave(t, r, "a", random(1, 20))
-		stopped, err := r.Begin(ctx, RandomID())
+	store := new(blob.Mem)
+	r, pruner := create(t, store), reopen(t, store)
+	dead := mustSave(t, r, "a", random(1, 20))
+	stopped, err := r.Begin(ctx, RandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	alive, err := r.Begin(ctx, RandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stopped.fail(errClosed) // it beats no more
+	forget(t, pruner, dead.ID)
+	o := PruneOptions{Watch: 200 * time.Millisecond, Report: func(step string, _, _ int64) {
+		if step != "watch" {
+			return
+		}
+		number, master := r.ring.Newest()
+		err := putSealed(ctx, store, alive.beatName(1), seal.NewHeader(seal.Beat, 0, number, r.id), map[string]int{"beat": 1}, []byte("{}"), master, "lease")
 		if err != nil {
-			t.Fatal(err)
+			t.Error(err)
 		}
-		alive, err := r.Begin(ctx, RandomID())
-		if err != nil {
-			t.Fatal(err)
-		}
-		stopped.fail(errClosed) // it beats no more
-		forget(t, pruner, dead.ID)
-		report := prune(t, pruner, PruneOptions{})
-		if !slices.Equal(report.Revoked, []string{stopped.lease}) || report.Removed > 0 || len(report.WaitsFor) != 1 || report.WaitsFor[0].Session != alive.lease {
-			t.Fatalf("%+v", report)
-		}
-		stopped.ctx = ctx
-		if _, err := saveIn(stopped, "b", random(2, 5), nil, nil); !errors.Is(err, ErrRevoked) {
-			t.Fatalf("commit after revocation: %v", err)
-		}
-		p, err := saveIn(alive, "b", random(3, 5), nil, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := alive.Close(); err != nil {
-			t.Fatal(err)
-		}
-		report = prune(t, pruner, PruneOptions{})
-		if report.Removed == 0 || report.Waiting > 0 || report.Leftover == 0 {
-			t.Fatalf("%+v", report)
-		}
-		r = reopen(t, store)
-		equal(t, r, p, random(3, 5))
-		clean(t, r, true)
-		if n, _ := stored(t, store, "packs/"); n != len(packNames(r)) {
-			t.Errorf("%d packs, %d in the inventory", n, len(packNames(r)))
-		}
-	})
+	}}
+	report := prune(t, pruner, o)
+	if !slices.Equal(report.Revoked, []string{stopped.lease}) || report.Removed > 0 || len(report.WaitsFor) != 1 || report.WaitsFor[0].Session != alive.lease {
+		t.Fatalf("%+v", report)
+	}
+	stopped.ctx = ctx
+	if _, err := saveIn(stopped, "b", random(2, 5), nil, nil); !errors.Is(err, ErrRevoked) {
+		t.Fatalf("commit after revocation: %v", err)
+	}
+	p, err := saveIn(alive, "b", random(3, 5), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := alive.Close(); err != nil {
+		t.Fatal(err)
+	}
+	report = prune(t, pruner, PruneOptions{})
+	if report.Removed == 0 || report.Waiting > 0 || report.Leftover == 0 {
+		t.Fatalf("%+v", report)
+	}
+	r = reopen(t, store)
+	equal(t, r, p, random(3, 5))
+	clean(t, r, true)
+	if n, _ := stored(t, store, "packs/"); n != len(packNames(r)) {
+		t.Errorf("%d packs, %d in the inventory", n, len(packNames(r)))
+	}
 }
 
 // packNames lists the packs of the inventory.
