@@ -105,6 +105,31 @@ func setBit(bits *[]uint64, i, n int) {
 // catchUp brings the marks up to the chain's end: all of them anew when copies
 // were moved by another, else only those of what was added.
 func (m *marker) catchUp(ctx context.Context) error {
+	for {
+		if err := m.tryCatchUp(ctx); !errors.Is(err, errMoved) {
+			return err
+		}
+	}
+}
+
+// readIndex reads an index object that is live in s. It fails with errMoved
+// when that is gone because another prune has replaced it since.
+func (m *marker) readIndex(ctx context.Context, s *state, d [32]byte) ([]index.Pack, error) {
+	packs, err := m.r.readIndex(ctx, d)
+	if !errors.Is(err, ErrDamaged) {
+		return packs, err
+	}
+	if err := m.r.refresh(ctx); err != nil {
+		return nil, err
+	}
+	if m.r.current().head != s.head {
+		return nil, errMoved
+	}
+	return nil, refuse("%w; run check, or back up: both make the index anew from the packs", err)
+}
+
+// tryCatchUp fails with errMoved when it must begin anew.
+func (m *marker) tryCatchUp(ctx context.Context) error {
 	known := m.state
 	if known == nil {
 		known = m.r.current()
@@ -171,7 +196,10 @@ func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
 // are other news, which the next catchUp looks at.
 func (m *marker) adopt(ctx context.Context) error {
 	if s := m.r.current(); s.head == m.state.head+1 {
-		if err := m.inventory(ctx, s); err != nil {
+		if err := m.inventory(ctx, s); errors.Is(err, errMoved) {
+			m.state = nil // part of it is taken in: begin anew
+			return m.catchUp(ctx)
+		} else if err != nil {
 			return err
 		}
 		m.state = s
@@ -186,10 +214,8 @@ func (m *marker) inventory(ctx context.Context, s *state) error {
 		if m.read[d] {
 			continue
 		}
-		packs, err := m.r.readIndex(ctx, d)
-		if errors.Is(err, ErrDamaged) {
-			return refuse("%w; run check, or back up: both make the index anew from the packs", err)
-		} else if err != nil {
+		packs, err := m.readIndex(ctx, s, d)
+		if err != nil {
 			return err
 		}
 		for _, k := range packs {

@@ -254,6 +254,7 @@ func TestPruneWatch(t *testing.T) {
 	if !slices.Equal(report.Revoked, []string{stopped.lease}) || report.Removed > 0 || len(report.WaitsFor) != 1 || report.WaitsFor[0].Session != alive.lease {
 		t.Fatalf("%+v", report)
 	}
+	stopped.beats.Wait()
 	stopped.ctx = ctx
 	if _, err := saveIn(stopped, "b", random(2, 5), nil, nil); !errors.Is(err, ErrRevoked) {
 		t.Fatalf("commit after revocation: %v", err)

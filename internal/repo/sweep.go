@@ -121,7 +121,7 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 		return nil
 	}
 	for _, d := range old {
-		list, err := p.r.readIndex(ctx, d)
+		list, err := p.m.readIndex(ctx, p.m.state, d)
 		if err != nil {
 			return nil, err
 		}
