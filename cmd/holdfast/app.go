@@ -125,8 +125,9 @@ func (a *app) root() *cobra.Command {
 	)
 	root.AddCommand(
 		a.initCommand(), a.vms(), a.backup(), a.check(),
+		a.forget(), a.keep(), a.prune(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
-		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(),
+		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(), a.unpin(),
 		a.version(), a.serve(), a.thaw(),
 	)
 	for _, cmd := range root.Commands() {

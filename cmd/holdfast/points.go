@@ -31,6 +31,7 @@ type pointView struct {
 	ReferenceNote string     `json:"reference_note,omitempty"`
 	Disks         []diskView `json:"disks"`
 	Files         []fileView `json:"files"`
+	Keep          string     `json:"keep,omitempty"`     // marked to stay until
 	Sessions      []string   `json:"sessions,omitempty"` // that run from it
 }
 
@@ -51,7 +52,7 @@ func viewPoint(p repo.Point) pointView {
 	v := pointView{
 		ID: string(p.ID), VM: p.VM, Time: p.Time, Host: p.Host, Kind: p.Kind, VMID: p.VMID, History: string(p.History),
 		Consistency: p.Consistency, Notes: list(p.Notes), ReadBytes: p.ReadBytes, NewBytes: p.NewBytes, StoredBytes: p.StoredBytes,
-		Reference: p.Reference, ReferenceNote: p.ReferenceNote, Disks: []diskView{}, Files: []fileView{},
+		Reference: p.Reference, ReferenceNote: p.ReferenceNote, Keep: string(p.Keep), Disks: []diskView{}, Files: []fileView{},
 	}
 	for _, d := range p.Disks {
 		v.Size += d.Size
@@ -168,6 +169,9 @@ func showText(p pointView) string {
 	}
 	for _, n := range p.Notes {
 		line("note", "%s", oneLine(n))
+	}
+	if p.Keep != "" {
+		line("stays", "%s", keepText(p.Keep))
 	}
 	for _, s := range p.Sessions {
 		line("in use by", "session %s", s)

@@ -28,6 +28,8 @@ const (
 
 // PruneOptions of Prune.
 type PruneOptions struct {
+	// Session is the id of the prune's lease, as for Begin; "" makes one up.
+	Session string
 	// DryRun finds what would be done, and changes nothing.
 	DryRun bool
 	// Watch is how long leases on which something waits are watched. One that
@@ -95,7 +97,10 @@ func (r *Repo) Prune(ctx context.Context, o PruneOptions) (*PruneReport, error) 
 	}
 	// Its lease keeps other prunes off what this one has stored and not yet
 	// announced.
-	run, err := r.Begin(ctx, RandomID())
+	if o.Session == "" {
+		o.Session = RandomID()
+	}
+	run, err := r.Begin(ctx, o.Session)
 	if err != nil {
 		return nil, err
 	}
