@@ -201,7 +201,7 @@ func TestPruneOneFault(t *testing.T) {
 
 // open opens on a store that may fail; nil when it did.
 func open(t *testing.T, s blob.Store) *Repo {
-	r, err := Open(ctx, s, secret, Options{Cache: t.TempDir()})
+	r, err := Open(ctx, s, secret, Options{Cache: cacheDir(t)})
 	if err != nil {
 		return nil
 	}
@@ -432,7 +432,7 @@ func TestPruneParallel(t *testing.T) {
 		r := reopen(t, store)
 		writers.Go(func() {
 			rng := rand.New(rand.NewPCG(uint64(i), 5))
-			for n := range 15 {
+			for n := range 10 {
 				content := image(rng)
 				p, err := save(r, "vm", content, nil, nil)
 				if errors.Is(err, ErrPruned) {
