@@ -498,7 +498,7 @@ func TestPruneParallel(t *testing.T) {
 	loop(func() error {
 		report, err := checker.Check(ctx, CheckOptions{})
 		if err == nil && len(report.Problems) > 0 {
-			err = fmt.Errorf("check: %+v", report.Problems)
+			err = fmt.Errorf("check: %+v\n%s", report.Problems, checker.explain(report.Problems[0].Point))
 		}
 		return err
 	})
