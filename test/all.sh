@@ -46,6 +46,12 @@ lab_tests() {
 	return $ok
 }
 
+if [ -x bin/lab/versitygw ]; then
+	export HOLDFAST_VERSITYGW="$top/bin/lab/versitygw"
+else
+	echo "SKIPPED: the tests on a real S3 server: bin/lab/versitygw could not be built"
+fi
+
 step build make --no-print-directory build
 step lint sh test/lint.sh
 step "unit, conformance and race tests" $GO test -race -timeout 10m ./...

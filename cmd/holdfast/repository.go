@@ -19,12 +19,20 @@ func (a *app) initCommand() *cobra.Command {
 		Use:     "init",
 		GroupID: "backup",
 		Short:   "Make a repository",
-		Long: `Make a repository in a directory that is missing or empty.
+		Long: `Make a repository in a directory that is missing or empty, or in a bucket of S3
+or of a compatible server:
+
+  s3://BUCKET/PREFIX?endpoint=https://HOST:PORT&region=NAME&path-style=1&ca=FILE
+
+Without an endpoint it is AWS. Credentials come from AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY, a profile, or a role. The bucket must exist; the server is
+tried for what a repository needs.
 
 Everything in it is sealed with the passphrase. Nobody can restore anything
 without it: keep it in a second place, away from this machine.`,
 		Example: `  holdfast init --repo /backup/holdfast
-  HOLDFAST_PASSPHRASE_FILE=/root/passphrase holdfast init --repo /backup/holdfast`,
+  HOLDFAST_PASSPHRASE_FILE=/root/passphrase holdfast init --repo /backup/holdfast
+  holdfast init --repo s3://backups/holdfast?region=eu-central-1`,
 		Args: args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			made, err := a.open().Init(cmd.Context())

@@ -51,8 +51,22 @@ type Problem struct {
 // the chain, so that the next runs store again what they meet of it. An error
 // means that the check itself could not be done.
 func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
+	for {
+		report, err := r.check(ctx, o)
+		if !errors.Is(err, errMoved) {
+			return report, err
+		}
+	}
+}
+
+// check fails with errMoved when what it found wrong may be the work of a
+// prune beside it.
+func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
 	c := &checker{r: r, o: o, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
 	if err := c.chain(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.keys(ctx); err != nil {
 		return nil, err
 	}
 	if err := c.indexes(ctx); err != nil {
@@ -62,6 +76,9 @@ func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 		return nil, err
 	}
 	if err := c.points(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.still(ctx); err != nil {
 		return nil, err
 	}
 	if len(c.r.current().gaps) > 0 {
@@ -84,6 +101,7 @@ type checker struct {
 	o     CheckOptions
 	packs map[[32]byte]packInfo
 	lost  map[tree.ID]int64 // by node: chunks below that cannot be read
+	moved uint64            // state.moved at the start
 
 	mu     sync.Mutex // guards what follows
 	bad    map[badKey]bool
@@ -102,6 +120,7 @@ func (c *checker) chain(ctx context.Context) error {
 		return err
 	}
 	known := c.r.current()
+	c.moved = known.moved
 	p, err := c.r.store.Get(ctx, configName, 0, -1)
 	if err != nil {
 		return err
@@ -112,7 +131,7 @@ func (c *checker) chain(ctx context.Context) error {
 		if err != nil && !errors.Is(err, blob.ErrNotExist) {
 			return err
 		}
-		if err := c.r.applyOrSkip(s, p); err != nil {
+		if err := c.r.applyOrSkip(ctx, s, p); err != nil {
 			return err
 		}
 	}
@@ -132,6 +151,9 @@ func (c *checker) indexes(ctx context.Context) error {
 		packs, err := c.r.readIndex(ctx, d)
 		if errors.Is(err, ErrDamaged) {
 			c.problem(Problem{Object: indexName(d), What: err.Error()})
+			if err := c.still(ctx); err != nil {
+				return err
+			}
 			lost[d] = true
 			continue
 		} else if err != nil {
@@ -151,7 +173,11 @@ func (c *checker) indexes(ctx context.Context) error {
 }
 
 func (c *checker) note(index [32]byte, packs []index.Pack) {
+	s := c.r.current()
 	for i, k := range packs {
+		if s.quarantine[k.Name] != 0 {
+			continue // nothing may rest on it, and it may be gone any time
+		}
 		c.packs[k.Name] = packInfo{k.Size, index, i}
 		c.report.PackBytes += k.Size
 	}
@@ -239,7 +265,7 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 	for i, it := range items {
 		at := index.Place{Pack: name, Number: uint32(i), Offset: off, Stored: it.Stored}
 		off += it.Stored
-		if p != nil && c.opens(p, at, it.ID) {
+		if p != nil && c.opens(ctx, p, at, it.ID) {
 			continue
 		}
 		bad++
@@ -252,11 +278,11 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 }
 
 // opens tries one item of a damaged pack in memory.
-func (c *checker) opens(p []byte, at index.Place, id pack.ID) bool {
+func (c *checker) opens(ctx context.Context, p []byte, at index.Place, id pack.ID) bool {
 	if len(p) < seal.HeaderLen || int64(at.Offset)+int64(at.Stored) > int64(len(p)) {
 		return false
 	}
-	h, master, err := c.r.packHeader(p)
+	h, master, err := c.r.packHeader(ctx, p)
 	if err != nil {
 		return false
 	}
@@ -384,6 +410,21 @@ func (c *checker) distrust(ctx context.Context) error {
 			return fmt.Errorf("record the damage, so that the next backups mend it: %w", err)
 		}
 		items = items[n:]
+	}
+	return nil
+}
+
+// still fails with errMoved when there are problems, and copies were moved
+// since the check began: then it must begin again.
+func (c *checker) still(ctx context.Context) error {
+	if len(c.report.Problems) == 0 {
+		return nil
+	}
+	if err := c.r.refresh(ctx); err != nil {
+		return err
+	}
+	if c.r.current().moved != c.moved {
+		return errMoved
 	}
 	return nil
 }

@@ -85,9 +85,12 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 		return context.Cause(run.ctx)
 	}
 	run.storing.Go(func() {
-		defer func() { <-run.slots }()
 		p, err := run.r.putPack(run.ctx, kind, items, arena)
 		arenas.Put(&arena)
+		<-run.slots
+		if err == nil {
+			err = run.prove(p)
+		}
 		if err != nil {
 			run.fail(err)
 			return
@@ -95,6 +98,7 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 		run.mu.Lock()
 		defer run.mu.Unlock()
 		run.packs = append(run.packs, p)
+		run.uses[p.Name] = true
 		run.stored += p.Size
 		run.packedItems += len(p.Items)
 	})
