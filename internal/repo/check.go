@@ -73,6 +73,9 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 		return nil, err
 	}
 	if err := c.stored(ctx); err != nil {
+		if errors.Is(err, ErrDamaged) && c.r.refresh(ctx) == nil && c.r.current().moved != c.moved {
+			return nil, errMoved
+		}
 		return nil, err
 	}
 	if err := c.points(ctx); err != nil {

@@ -224,6 +224,45 @@ func TestPrunedUnderRun(t *testing.T) {
 	}
 }
 
+// A writer that looked again after one quarantine rests on what it found then,
+// and looks once more after the next.
+func TestPrunedTwiceUnderRun(t *testing.T) {
+	store := new(blob.Mem)
+	r, pruner := create(t, store), reopen(t, store)
+	both := random(1, 40)
+	dead := mustSave(t, r, "a", both)
+	little := mustSave(t, r, "b", both[:3*ChunkSize])
+	run, err := r.Begin(ctx, RandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer run.Close()
+	w, err := run.Disk(ctx, nil, 4*ChunkSize) // a map of its own
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.WriteAt(ctx, slices.Concat(both[:3*ChunkSize], random(5, 1)), 0); err != nil {
+		t.Fatal(err)
+	}
+	root, err := w.Finish(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forget(t, pruner, dead.ID)
+	if report := prune(t, pruner, unwatched); report.Rewritten == 0 {
+		t.Fatalf("%+v", report)
+	}
+	p := &Point{VM: "c", History: "aa", Disks: []Disk{{ID: "vda", Size: 4 * ChunkSize, Root: root}}}
+	if err := errors.Join(run.Flush(ctx), r.refresh(ctx), run.verify(ctx, p)); err != nil {
+		t.Fatal(err)
+	}
+	forget(t, pruner, little.ID)
+	prune(t, pruner, unwatched)
+	if err := run.Commit(ctx, p); !errors.Is(err, ErrPruned) {
+		t.Fatalf("commit: %v", err)
+	}
+}
+
 // A dead lease is watched and revoked, a living one is not; the one revoked
 // cannot commit.
 func TestPruneWatch(t *testing.T) {

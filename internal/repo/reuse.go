@@ -119,7 +119,8 @@ func (run *Run) verify(ctx context.Context, p *Point) error {
 	return nil
 }
 
-// holds wants an item to be present, or on its way with this run's entry.
+// holds wants an item to be present, or on its way with this run's entry. The
+// point rests on the pack where it was found from then on.
 func (run *Run) holds(s *state, id pack.ID) error {
 	if id == (pack.ID{}) {
 		return nil
@@ -136,6 +137,9 @@ func (run *Run) holds(s *state, id pack.ID) error {
 	}
 	for _, p := range places {
 		if s.quarantine[p.Pack] == 0 {
+			run.mu.Lock()
+			run.uses[p.Pack] = true
+			run.mu.Unlock()
 			return nil
 		}
 	}
