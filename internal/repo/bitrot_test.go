@@ -132,7 +132,7 @@ func (b *bitRot) locked(was []byte) {
 	if err == nil {
 		r.Close()
 		b.t.Errorf("%s, byte %d: nobody notices", b.name, b.at)
-	} else if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrPassphrase) && !errors.Is(err, ErrNotRepository) {
+	} else if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrPassphrase) && !errors.Is(err, ErrNotRepository) && !errors.Is(err, ErrVersion) {
 		b.t.Errorf("%s, byte %d: %v", b.name, b.at, err)
 	}
 	b.putBack(was)

@@ -296,7 +296,7 @@ func TestRepairCut(t *testing.T) {
 		f := &blobtest.Faulty{Inner: s, At: at, Cut: true, Fault: blobtest.Fault(at % 2)}
 		r, err := Open(ctx, f, secret, Options{Cache: t.TempDir()})
 		if err == nil {
-			_, err = r.Repair(ctx, RepairOptions{From: from})
+			r.Repair(ctx, RepairOptions{From: from}) // fails, or does not see the cut
 			r.Close()
 		}
 		if f.Calls() < at {
