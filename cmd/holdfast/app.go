@@ -136,7 +136,7 @@ func (a *app) root() *cobra.Command {
 		&cobra.Group{ID: "recover", Title: "Run from the backup:"},
 	)
 	root.AddCommand(
-		a.initCommand(), a.vms(), a.backup(), a.copy(), a.check(),
+		a.initCommand(), a.vms(), a.backup(), a.copy(), a.check(), a.repair(),
 		a.forget(), a.keep(), a.prune(), a.key(), a.mechanic(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
 		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(), a.unpin(),

@@ -18,7 +18,6 @@
 package node
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -222,22 +221,4 @@ func vacant(path string) error {
 		}
 	}
 	return nil
-}
-
-// Check proves the repository.
-func (n *Node) Check(ctx context.Context, readData bool) (*repo.CheckReport, error) {
-	r, err := n.Repo(ctx)
-	if err != nil {
-		return nil, err
-	}
-	m := &mover.Meter{}
-	end := n.o.Report.task("check", m)
-	defer end()
-	report, err := r.Check(ctx, repo.CheckOptions{ReadData: readData, Report: m.Set})
-	if report != nil {
-		slices.SortFunc(report.Problems, func(a, b repo.Problem) int {
-			return cmp.Or(cmp.Compare(a.Point, b.Point), cmp.Compare(a.What, b.What), cmp.Compare(a.Object, b.Object))
-		})
-	}
-	return report, err
 }

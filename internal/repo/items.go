@@ -129,7 +129,7 @@ func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byt
 
 // itemKnown reads an item from where it was when the chain was last read.
 func (r *Repo) itemKnown(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
-	places, err := r.places(id)
+	places, err := r.copies(id)
 	if err != nil {
 		return dst, err
 	}

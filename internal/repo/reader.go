@@ -139,8 +139,8 @@ func (d *DiskReader) readRun(ctx context.Context, p []byte, off, first int64, id
 	if err != nil {
 		return 0, err
 	}
-	if len(run) == 0 {
-		return 0, fmt.Errorf("%w: chunk %x is in no pack", ErrDamaged, ids[0][:8])
+	if len(run) == 0 { // no copy that is known to be good
+		return 1, d.readCached(ctx, p, off, first, ids[:1])
 	}
 	stored, err := d.fetchRun(ctx, run)
 	if err != nil && !errors.Is(err, ErrDamaged) {
