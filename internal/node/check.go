@@ -5,10 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 
-	"holdfast/internal/blob"
 	"holdfast/internal/mover"
 	"holdfast/internal/repo"
 )
@@ -55,11 +53,9 @@ func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.M
 	if err != nil {
 		return nil, err
 	}
-	store, err := blob.OpenDir(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", path, repo.ErrNotRepository)
-	} else if err != nil {
-		return nil, fmt.Errorf("open the store: %w", err)
+	store, err := n.store(ctx, path)
+	if err != nil {
+		return nil, err
 	}
 	ro, err := n.options()
 	if err != nil {
