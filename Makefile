@@ -45,7 +45,7 @@ race:
 lint:
 	@GO="$(GO)" sh test/lint.sh
 
-bench: build lab
+bench: build lab $(LAB)/versitygw
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(LAB)/ ./bench
 	$(SUDO) $(LAB)/bench -holdfast bin/holdfast $(if $(QUICK),-quick) $(if $(CLEAN),-clean)
 

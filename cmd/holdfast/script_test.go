@@ -219,6 +219,7 @@ var masks = []struct {
 	{regexp.MustCompile(`("size": )\d+(,\s+"sha256")`), "${1}N$2"},
 	// A new repository's configuration holds times without trailing zeros.
 	{regexp.MustCompile(`parts of \d+ and \d+ bytes in a document of \d+`), "parts of N and N bytes in a document of N"},
+	{regexp.MustCompile(` \(tried \d+ times\)`), ""}, // by the faults of that moment
 	// Columns move with what is masked.
 	{regexp.MustCompile(` {2,}(\S)`), "  $1"},
 }
