@@ -86,7 +86,6 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 	}
 	run.storing.Go(func() {
 		p, err := run.r.putPack(run.ctx, kind, items, arena)
-		arenas.Put(&arena)
 		<-run.slots
 		if err == nil {
 			err = run.prove(p)
@@ -105,7 +104,8 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 	return run.failed()
 }
 
-// putPack seals items, which it sorts, and stores them.
+// putPack seals items, which it sorts, and stores them. It takes the arena: on a
+// store far away a pack waits long, and need not be in memory twice meanwhile.
 func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena []byte) (index.Pack, error) {
 	slices.SortStableFunc(items, func(a, b packItem) int { return cmp.Compare(a.at, b.at) })
 	plain := make([]pack.Item, len(items))
@@ -120,6 +120,7 @@ func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena
 	for i, e := range entries {
 		k.Items[i] = index.Item{ID: e.ID, Stored: e.Stored}
 	}
+	arenas.Put(&arena)
 	defer arenas.Put(&p)
 	// The name is the content's digest, so a name that is taken is this pack.
 	if err := r.store.Put(ctx, packName(k.Name), p); err != nil && !errors.Is(err, blob.ErrExist) {

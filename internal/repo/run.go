@@ -19,8 +19,9 @@ import (
 
 const (
 	beatEvery = time.Minute
-	// storingPacks is how many packs are sealed and stored at once.
-	storingPacks = 2
+	// storingPacks is how many packs are sealed and stored at once: enough that
+	// a store that answers each request 50 ms late hardly slows a run.
+	storingPacks = 4
 	// announceItems is how many items a run stores before it shares them with
 	// others and its own next try: 16 GiB of disk. It also bounds the run's memory.
 	announceItems = 1 << 18
