@@ -32,6 +32,7 @@ lab_tests() {
 		CGO_ENABLED=0 $GO test -c -o "$out.test" "./$dir" || { ok=1; continue; }
 		echo "-- $dir"
 		(cd "$dir" && exec $SUDO env HOLDFAST_LAB=1 HOLDFAST_BIN="$top/bin/holdfast" \
+			HOLDFAST_VERSITYGW="${HOLDFAST_VERSITYGW:-}" \
 			"$out.test" -test.v -test.timeout 25m -test.run "${RUN:-.}" >"$out.log" 2>&1) &
 		outs="$outs $out" pids="$pids $!"
 	done
