@@ -11,6 +11,8 @@
 //	backup      a full backup of the same file into a new repository
 //	unchanged   the second backup of the same file
 //	restore     that restore point into a raw file
+//	S3          a full backup into an S3 server on this machine, and into one
+//	            that answers every request 50 ms later
 //	first read  from the command "recover" to the guest's first read, with
 //	            disks of two sizes
 //	boot        from the guest's start to its login prompt: from the backup,
@@ -79,6 +81,9 @@ func run(ctx context.Context, bin, data, out string, quick, clean bool, runs int
 		if err := b.images(ctx); err != nil {
 			return err
 		}
+	}
+	if err := b.s3(ctx); err != nil {
+		return err
 	}
 	if err := b.guests(ctx); err != nil {
 		return err

@@ -33,6 +33,9 @@ func (b *bench) report() string {
 		b.row(&s, "`qemu-img convert`, "+c.name, "qemu-img, "+c.name, theirs, "")
 		b.row(&s, "`holdfast image convert`, "+c.name, "holdfast, "+c.name, theirs, "≤ 1.0")
 	}
+	_, near, _ := three(b.times["S3, near"])
+	b.row(&s, "full backup into a local S3 server", "S3, near", near, "")
+	b.row(&s, "full backup into a local S3 server, 50 ms later at every request", "S3, far", near, "≤ 1.43")
 	b.row(&s, "guest's start to its login prompt, local raw disk", "local boot", local, "")
 	b.row(&s, "guest's start to its login prompt, from the backup", "recovered boot", local, "≤ 1.15")
 	b.row(&s, "`recover` to the login prompt", "recover to login", local, "")

@@ -32,6 +32,7 @@ lab_tests() {
 		CGO_ENABLED=0 $GO test -c -o "$out.test" "./$dir" || { ok=1; continue; }
 		echo "-- $dir"
 		(cd "$dir" && exec $SUDO env HOLDFAST_LAB=1 HOLDFAST_BIN="$top/bin/holdfast" \
+			HOLDFAST_VERSITYGW="${HOLDFAST_VERSITYGW:-}" \
 			"$out.test" -test.v -test.timeout 25m -test.run "${RUN:-.}" >"$out.log" 2>&1) &
 		outs="$outs $out" pids="$pids $!"
 	done
@@ -45,6 +46,12 @@ lab_tests() {
 	done
 	return $ok
 }
+
+if [ -x bin/lab/versitygw ]; then
+	export HOLDFAST_VERSITYGW="$top/bin/lab/versitygw"
+else
+	echo "SKIPPED: the tests on a real S3 server: bin/lab/versitygw could not be built"
+fi
 
 step build make --no-print-directory build
 step lint sh test/lint.sh

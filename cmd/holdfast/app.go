@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/node"
 	"holdfast/internal/repo"
 )
@@ -19,9 +20,11 @@ type app struct {
 	stdout, stderr io.Writer
 
 	// Flags of all commands.
-	repo  string
-	json  bool
-	quiet bool
+	repo   string
+	json   bool
+	quiet  bool
+	limits struct{ up, down string } // as typed
+	rates  blob.Rates
 
 	compression repo.Compression // of the command backup
 
@@ -45,6 +48,7 @@ func (a *app) open() *node.Node {
 		Passphrase:  a.passphrase,
 		Report:      node.Report{Task: a.progress.task, Note: a.note},
 		Compression: a.compression,
+		Rates:       a.rates,
 	})
 	return a.node
 }
@@ -75,9 +79,10 @@ const longHelp = `Holdfast backs up whole virtual machines while they run, keeps
 point complete, and brings a lost machine back in seconds by running it straight
 from its backup, then moves it to production storage while it runs.
 
-The repository is a directory, named by --repo or HOLDFAST_REPO. Its passphrase
-comes from HOLDFAST_PASSPHRASE, from the file HOLDFAST_PASSPHRASE_FILE, or from
-a prompt. What this machine must remember lies in HOLDFAST_STATE.
+The repository is a directory, or s3://BUCKET/PREFIX, named by --repo or
+HOLDFAST_REPO. Its passphrase comes from HOLDFAST_PASSPHRASE, from the file
+HOLDFAST_PASSPHRASE_FILE, or from a prompt. What this machine must remember lies
+in HOLDFAST_STATE.
 
 HOST is a libvirt URI (qemu:///system, qemu+ssh://root@kvm1/system) or a
 directory of disk images. POINT is a restore point's id, a prefix of one of at
@@ -101,6 +106,10 @@ func (a *app) root() *cobra.Command {
 		Args:          cobra.ArbitraryArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		PersistentPreRunE: func(*cobra.Command, []string) (err error) {
+			a.rates, err = a.limited()
+			return err
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return cmd.Help()
@@ -115,18 +124,22 @@ func (a *app) root() *cobra.Command {
 		return usagef("%w; see \"%s --help\"", err, cmd.CommandPath())
 	})
 	flags := root.PersistentFlags()
-	flags.StringVarP(&a.repo, "repo", "r", "", "`DIRECTORY` of the repository (default $HOLDFAST_REPO)")
+	flags.StringVarP(&a.repo, "repo", "r", "", "`DIRECTORY` of the repository, or s3:// URL (default $HOLDFAST_REPO)")
+	flags.StringVar(&a.limits.up, "limit-up", "", "most `BYTES` per second to the repository, as 20MiB (default $HOLDFAST_LIMIT_UP)")
+	flags.StringVar(&a.limits.down, "limit-down", "", "most `BYTES` per second from it (default $HOLDFAST_LIMIT_DOWN)")
 	flags.BoolVar(&a.json, "json", false, "write results to stdout as JSON")
 	flags.BoolVarP(&a.quiet, "quiet", "q", false, "no progress and no remarks on stderr, errors only")
 	root.AddGroup(
 		&cobra.Group{ID: "backup", Title: "Back up:"},
 		&cobra.Group{ID: "restore", Title: "Restore points and what is in them:"},
+		&cobra.Group{ID: "care", Title: "Look after the repository:"},
 		&cobra.Group{ID: "recover", Title: "Run from the backup:"},
 	)
 	root.AddCommand(
-		a.initCommand(), a.vms(), a.backup(), a.check(),
+		a.initCommand(), a.vms(), a.backup(), a.copy(), a.check(), a.repair(),
+		a.forget(), a.keep(), a.prune(), a.key(), a.mechanic(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
-		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(),
+		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(), a.unpin(),
 		a.version(), a.serve(), a.thaw(),
 	)
 	for _, cmd := range root.Commands() {

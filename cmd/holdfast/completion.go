@@ -67,6 +67,13 @@ func (a *app) completeHistory(_ *cobra.Command, args []string, _ string) ([]stri
 	return a.completePoints(args, func(p pointView) []string { return []string{p.VM} })
 }
 
+// completeVMOrPoint offers names of VMs with restore points, and points.
+func (a *app) completeVMOrPoint(_ *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	return a.completePoints(nil, func(p pointView) []string {
+		return []string{p.VM, p.VM + "@latest", short(p.ID) + "\t" + p.VM + ", " + clock(p.Time)}
+	})
+}
+
 // completePoint offers VM@latest and ids.
 func (a *app) completePoint(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	return a.completePoints(args, func(p pointView) []string {
@@ -94,6 +101,13 @@ func (a *app) completePoints(args []string, offer func(pointView) []string) ([]s
 		}
 		return names
 	}), cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeVMsAndPoints offers both, any number of times.
+func (a *app) completeVMsAndPoints(_ *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	return a.completePoints(nil, func(p pointView) []string {
+		return []string{p.VM, p.VM + "@latest", short(p.ID) + "\t" + p.VM + ", " + clock(p.Time)}
+	})
 }
 
 // completeSession offers the ids of sessions.

@@ -69,17 +69,23 @@ func interruptible() (context.Context, func()) {
 
 // run is the program, and returns its exit status.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	a := newApp(stdout, stderr)
+	out := &output{w: stdout}
+	a := newApp(out, stderr)
 	root := a.root()
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
 	if closeErr := a.close(); err == nil {
 		err = closeErr
 	}
+	return end(ctx, err, out, stderr)
+}
+
+// end says what went wrong, and gives the exit status.
+func end(ctx context.Context, err error, out *output, stderr io.Writer) int {
 	if err == nil {
 		return done
 	}
-	if errors.Is(err, syscall.EPIPE) {
+	if errors.Is(out.err, syscall.EPIPE) {
 		return failed // nobody reads any more
 	}
 	fmt.Fprintln(stderr, "holdfast: "+errorLine(ctx, err))
@@ -126,4 +132,19 @@ func oneLine(s string) string {
 		lines[i] = strings.TrimSpace(lines[i])
 	}
 	return strings.Join(lines, "; ")
+}
+
+// output is stdout, and remembers how writing to it failed: a closed pipe in an
+// error may be another one, as of a host that went away.
+type output struct {
+	w   io.Writer
+	err error
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	n, err := o.w.Write(p)
+	if err != nil {
+		o.err = err
+	}
+	return n, err
 }

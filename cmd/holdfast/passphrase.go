@@ -14,20 +14,37 @@ import (
 // maxPassphrase bounds what is read of a passphrase file, in bytes.
 const maxPassphrase = 4096
 
-// passphrase comes from HOLDFAST_PASSPHRASE, the file HOLDFAST_PASSPHRASE_FILE,
-// or the terminal, where a new one is asked for twice.
+// passphrase is that of the repository.
 func (a *app) passphrase(ctx context.Context, create bool) ([]byte, error) {
-	if p := os.Getenv("HOLDFAST_PASSPHRASE"); p != "" {
-		return []byte(p), nil
+	return a.passphraseOf("HOLDFAST_PASSPHRASE", "Passphrase of the repository: ")(ctx, create)
+}
+
+// passphraseOf gives a passphrase that comes from an environment variable, from
+// the file that the one with _FILE names, or from the terminal, where a new one
+// is asked for twice.
+func (a *app) passphraseOf(env, prompt string) func(ctx context.Context, create bool) ([]byte, error) {
+	return func(ctx context.Context, create bool) ([]byte, error) {
+		if p := os.Getenv(env); p != "" {
+			return []byte(p), nil
+		}
+		if path := os.Getenv(env + "_FILE"); path != "" {
+			return a.passphraseFile(env+"_FILE", path)
+		}
+		return a.askPassphrase(ctx, create, env, prompt)
 	}
-	if path := os.Getenv("HOLDFAST_PASSPHRASE_FILE"); path != "" {
-		return a.passphraseFile(path)
-	}
+}
+
+// newPassphrase is one to be added.
+func (a *app) newPassphrase(ctx context.Context) ([]byte, error) {
+	return a.passphraseOf("HOLDFAST_NEW_PASSPHRASE", "New passphrase: ")(ctx, true)
+}
+
+func (a *app) askPassphrase(ctx context.Context, create bool, env, prompt string) ([]byte, error) {
 	fd := int(os.Stdin.Fd())
 	if !term.IsTerminal(fd) {
-		return nil, errors.New("no passphrase: set HOLDFAST_PASSPHRASE_FILE or HOLDFAST_PASSPHRASE, or run this on a terminal")
+		return nil, fmt.Errorf("no passphrase: set %s_FILE or %s, or run this on a terminal", env, env)
 	}
-	p, err := a.prompt(ctx, fd, "Passphrase of the repository: ")
+	p, err := a.prompt(ctx, fd, prompt)
 	if err != nil || !create {
 		return p, err
 	}
@@ -39,15 +56,15 @@ func (a *app) passphrase(ctx context.Context, create bool) ([]byte, error) {
 		return nil, err
 	}
 	if !bytes.Equal(p, again) {
-		return nil, errors.New("the two passphrases differ; nothing was made")
+		return nil, errors.New("the two passphrases differ; nothing was done")
 	}
 	return p, nil
 }
 
-func (a *app) passphraseFile(path string) ([]byte, error) {
+func (a *app) passphraseFile(env, path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("HOLDFAST_PASSPHRASE_FILE: %w", err)
+		return nil, fmt.Errorf("%s: %w", env, err)
 	}
 	defer f.Close()
 	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() && readableByAll(fi) {
@@ -55,12 +72,12 @@ func (a *app) passphraseFile(path string) ([]byte, error) {
 	}
 	p, err := io.ReadAll(io.LimitReader(f, maxPassphrase+1))
 	if err != nil {
-		return nil, fmt.Errorf("HOLDFAST_PASSPHRASE_FILE: %w", err)
+		return nil, fmt.Errorf("%s: %w", env, err)
 	}
 	// The line's end is not part of it.
 	p = bytes.TrimSuffix(bytes.TrimSuffix(p, []byte("\n")), []byte("\r"))
 	if len(p) == 0 || len(p) > maxPassphrase {
-		return nil, fmt.Errorf("HOLDFAST_PASSPHRASE_FILE: %s holds no passphrase of 1 to %d bytes", path, maxPassphrase)
+		return nil, fmt.Errorf("%s: %s holds no passphrase of 1 to %d bytes", env, path, maxPassphrase)
 	}
 	return p, nil
 }

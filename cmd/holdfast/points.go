@@ -29,8 +29,10 @@ type pointView struct {
 	StoredBytes   int64      `json:"stored_bytes"`
 	Reference     string     `json:"reference,omitempty"`
 	ReferenceNote string     `json:"reference_note,omitempty"`
+	CopiedFrom    string     `json:"copied_from,omitempty"` // a repository's id
 	Disks         []diskView `json:"disks"`
 	Files         []fileView `json:"files"`
+	Keep          string     `json:"keep,omitempty"`     // marked to stay until
 	Sessions      []string   `json:"sessions,omitempty"` // that run from it
 }
 
@@ -51,7 +53,7 @@ func viewPoint(p repo.Point) pointView {
 	v := pointView{
 		ID: string(p.ID), VM: p.VM, Time: p.Time, Host: p.Host, Kind: p.Kind, VMID: p.VMID, History: string(p.History),
 		Consistency: p.Consistency, Notes: list(p.Notes), ReadBytes: p.ReadBytes, NewBytes: p.NewBytes, StoredBytes: p.StoredBytes,
-		Reference: p.Reference, ReferenceNote: p.ReferenceNote, Disks: []diskView{}, Files: []fileView{},
+		Reference: p.Reference, ReferenceNote: p.ReferenceNote, CopiedFrom: p.CopiedFrom, Keep: string(p.Keep), Disks: []diskView{}, Files: []fileView{},
 	}
 	for _, d := range p.Disks {
 		v.Size += d.Size
@@ -163,11 +165,17 @@ func showText(p pointView) string {
 	line("consistency", "%s", p.Consistency)
 	line("history", "%s", p.History)
 	line("size", "%s on %s; read %s, new %s, stored %s", size(p.Size), count(len(p.Disks), "disk"), size(p.ReadBytes), size(p.NewBytes), size(p.StoredBytes))
+	if p.CopiedFrom != "" {
+		line("copied from", "repository %s", p.CopiedFrom)
+	}
 	if p.ReferenceNote != "" {
 		line("next backup", "reads all and compares: %s", oneLine(p.ReferenceNote))
 	}
 	for _, n := range p.Notes {
 		line("note", "%s", oneLine(n))
+	}
+	if p.Keep != "" {
+		line("stays", "%s", keepText(p.Keep))
 	}
 	for _, s := range p.Sessions {
 		line("in use by", "session %s", s)

@@ -10,10 +10,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
 
+	"holdfast/internal/blob/s3/s3test"
 	"holdfast/internal/state"
 )
 
@@ -81,6 +83,7 @@ type script struct {
 	t   *testing.T
 	dir string
 	env map[string]string
+	s3  *s3test.Server // nil for most
 }
 
 func newScript(t *testing.T) *script {
@@ -201,6 +204,7 @@ var masks = []struct {
 }{
 	{regexp.MustCompile(`("seconds": )[0-9.e-]+`), "${1}0"},
 	{regexp.MustCompile(`\b[0-9a-f]{2}/[0-9a-f]{64}\b`), "DIGEST"},
+	{regexp.MustCompile(`\b[0-9a-f]{64}\b`), "DIGEST"},
 	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "ID"},
 	{regexp.MustCompile(`(": )\d{8}\b`), "${1}MANY"},
 	{regexp.MustCompile(`\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b`), "GUID"},
@@ -209,16 +213,26 @@ var masks = []struct {
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d`), "TIME"},
 	{regexp.MustCompile(`\b\d+(\.\d)? s\b`), "N s"},
+	{recoveryGroups, "GROUPS"},
 	{regexp.MustCompile(`go1\.\d+\S*, [a-z]+/\w+`), "GO, SYSTEM"},
+	// Compressed, or with times without trailing zeros.
+	{regexp.MustCompile(`("size": )\d+(,\s+"sha256")`), "${1}N$2"},
 	// A new repository's configuration holds times without trailing zeros.
 	{regexp.MustCompile(`parts of \d+ and \d+ bytes in a document of \d+`), "parts of N and N bytes in a document of N"},
+	{regexp.MustCompile(` \(tried \d+ times\)`), ""}, // by the faults of that moment
 	// Columns move with what is masked.
 	{regexp.MustCompile(` {2,}(\S)`), "  $1"},
 }
 
+// recoveryGroups is a recovery key, or a line of one.
+var recoveryGroups = regexp.MustCompile(`\b([0-9A-Z]{5}-){3,12}[0-9A-Z]{5}\b`)
+
 // mask replaces what differs from run to run.
 func (s *script) mask(said string) string {
 	said = strings.ReplaceAll(said, s.dir, "$WORK")
+	if s.s3 != nil {
+		said = strings.ReplaceAll(said, s.s3.URL, "$S3")
+	}
 	said = strings.ReplaceAll(said, "\n\n", "\n.\n")
 	for i, m := range masks {
 		if i == len(masks)-1 && (strings.HasPrefix(said, "[\n") || strings.HasPrefix(said, "{\n")) {
@@ -241,6 +255,9 @@ func (s *script) mask(said string) string {
 //	same FILE FILE       fails if two files differ
 //	ls DIR               fails with the names
 //	env K=V              for what follows
+//	recovery FILE        the recovery key that is printed there is $RECOVERY then
+//	s3 PREFIX            start an S3 server that misbehaves, for a repository there
+//	hidden               fails if what serves the one session shows a secret to others
 //	killserver           kill what serves the one session, whose id $SESSION is then
 func (s *script) builtin(words []string) error {
 	path := func(i int) string {
@@ -300,6 +317,17 @@ func (s *script) builtin(words []string) error {
 			names = append(names, e.Name())
 		}
 		return errors.New(strings.Join(names, " "))
+	case "recovery":
+		b, err := os.ReadFile(path(1))
+		s.env["RECOVERY"] = strings.Join(recoveryGroups.FindAllString(string(b), -1), "-")
+		return err
+	case "s3":
+		s.s3 = s3test.New(s.t, s3test.Options{Faults: &s3test.Faults{Chance: 0.05}, Page: 5})
+		s.env["HOLDFAST_REPO"] = s.s3.Repo(words[1])
+		s.env["AWS_ACCESS_KEY_ID"], s.env["AWS_SECRET_ACCESS_KEY"] = s3test.AccessKey, s3test.SecretKey
+		return nil
+	case "hidden":
+		return s.hidden()
 	case "killserver":
 		return s.killServer()
 	case "env":
@@ -311,26 +339,59 @@ func (s *script) builtin(words []string) error {
 	return nil
 }
 
-// killServer kills a serving process as a crash would.
-func (s *script) killServer() error {
+// server finds the process that serves the one session.
+func (s *script) server() (pid int, err error) {
 	dir, err := state.Open(s.env["HOLDFAST_STATE"])
 	if err != nil {
-		return err
+		return 0, err
 	}
 	all, err := dir.Sessions()
 	if err != nil || len(all) != 1 {
-		return fmt.Errorf("%d sessions, not one: %w", len(all), err)
+		return 0, fmt.Errorf("%d sessions, not one: %w", len(all), err)
 	}
 	s.env["SESSION"] = all[0].ID()
 	h, ok := all[0].Serving()
 	if !ok {
-		return errors.New("nobody serves it")
+		return 0, errors.New("nobody serves it")
 	}
-	p, err := os.FindProcess(h.PID)
+	return h.PID, nil
+}
+
+// hidden looks for secrets where others may look. Elsewhere than on Linux it
+// does not know where.
+func (s *script) hidden() error {
+	pid, err := s.server()
+	if err != nil || runtime.GOOS != "linux" {
+		return err
+	}
+	for _, file := range []string{"environ", "cmdline"} {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
+		if err != nil {
+			return err
+		}
+		for _, secret := range []string{s.env["HOLDFAST_PASSPHRASE"], "AWS_SECRET_ACCESS_KEY"} {
+			if bytes.Contains(b, []byte(secret)) {
+				return fmt.Errorf("%s holds %s", file, secret)
+			}
+		}
+	}
+	return nil
+}
+
+// killServer kills a serving process as a crash would.
+func (s *script) killServer() error {
+	pid, err := s.server()
+	if err != nil {
+		return err
+	}
+	p, err := os.FindProcess(pid)
 	if err == nil {
 		err = p.Kill()
 	}
-	for deadline := time.Now().Add(10 * time.Second); ok && err == nil; _, ok = all[0].Serving() {
+	for deadline := time.Now().Add(10 * time.Second); err == nil; {
+		if _, gone := s.server(); gone != nil {
+			break
+		}
 		if time.Now().After(deadline) {
 			return errors.New("it does not die")
 		}

@@ -79,6 +79,7 @@ var table = map[string]room{
 var testers = map[string]string{
 	"internal/disk/disktest":        "internal/disk",
 	"internal/blob/blobtest":        "internal/blob",
+	"internal/blob/s3/s3test":       "internal/blob/s3",
 	"internal/hypervisor/hypertest": "internal/hypervisor",
 	"internal/repo/repotest":        "internal/repo",
 }
@@ -94,6 +95,7 @@ var sideways = map[[2]string]bool{
 // foreign modules that only some packages may import; others are free.
 var foreign = map[string]string{
 	"github.com/digitalocean/go-libvirt": "internal/hypervisor/libvirt",
+	"github.com/minio/minio-go":          "internal/blob/s3",
 	"github.com/spf13/cobra":             "cmd/holdfast",
 	"github.com/vbauerster/mpb":          "cmd/holdfast",
 	"golang.org/x/term":                  "cmd/holdfast",

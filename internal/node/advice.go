@@ -20,12 +20,17 @@ var advice = []struct {
 	unless string
 	say    string
 }{
-	{repo.ErrPassphrase, "", "check HOLDFAST_PASSPHRASE or HOLDFAST_PASSPHRASE_FILE, or type it again"},
-	{repo.ErrNotRepository, "", "check --repo or HOLDFAST_REPO, or make one there with \"holdfast init\""},
+	{repo.ErrPassphrase, "or type it again", "check HOLDFAST_PASSPHRASE or HOLDFAST_PASSPHRASE_FILE, or type it again"},
+	{repo.ErrKeys, "put it back", "run it again with a passphrase that is valid now"},
+	{repo.ErrSlotInUse, "", "say --own to remove it all the same, or open the repository with another one"},
+	{repo.ErrLastSlot, "", "add another one first: \"holdfast key add\""},
+	{repo.ErrNoSlot, "", "\"holdfast key list\" shows what there is"},
+	{repo.ErrKeyFile, "", "use another copy of the file that \"holdfast key export\" wrote"},
+	{repo.ErrNotRepository, "; check --", "check --repo or HOLDFAST_REPO, or make one there with \"holdfast init\""},
 	{repo.ErrExist, "", "use it as it is, or choose another directory"},
 	{repo.ErrVersion, "", "use the newer Holdfast that wrote it"},
 	{repo.ErrRolledBack, "", "put the newer state back, or find out who restored an old copy; nothing was changed"},
-	{repo.ErrRevoked, "", "run the backup again"},
+	{repo.ErrRevoked, "", "run it again"},
 	{repo.ErrDamaged, "put ", "\"holdfast check --read-data\" lists what is damaged; other restore points may be whole"},
 	{state.ErrVersion, "", "use the newer Holdfast that wrote it"},
 	{state.ErrDamaged, "", "move the file away if the session is not needed any more"},

@@ -18,18 +18,16 @@
 package node
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/blob/s3"
 	"holdfast/internal/mover"
 	"holdfast/internal/repo"
 	"holdfast/internal/state"
@@ -37,8 +35,11 @@ import (
 
 // Options of New.
 type Options struct {
-	// Repo is where the repository is: a directory, or its file:// URL.
+	// Repo is where the repository is: a directory, its file:// URL, or an s3://
+	// URL as package s3 has it.
 	Repo string
+	// Rates bound the traffic with the repository.
+	Rates blob.Rates
 	// State is the state directory; "" means state.DefaultPath.
 	State string
 	// Passphrase gives the repository's passphrase; with create a new one is
@@ -76,7 +77,8 @@ func (r Report) note(format string, args ...any) {
 type Node struct {
 	o          Options
 	passphrase []byte
-	key        []byte // of the repository, from the process that started this one
+	key        []byte   // of the repository, from the process that started this one
+	keys       *s3.Keys // of its store, likewise; nil looks for them
 	repo       *repo.Repo
 	state      *state.Dir
 }
@@ -101,25 +103,6 @@ func (e *UsageError) Error() string { return e.Err.Error() }
 func (e *UsageError) Unwrap() error { return e.Err }
 
 func usage(format string, args ...any) error { return &UsageError{fmt.Errorf(format, args...)} }
-
-// Location is the repository's directory, absolute.
-func (n *Node) Location() (string, error) {
-	s := n.o.Repo
-	if s == "" {
-		return "", usage("no repository: name its directory with --repo or HOLDFAST_REPO")
-	}
-	if scheme, _, ok := strings.Cut(s, "://"); ok {
-		u, err := url.Parse(s)
-		if err != nil || scheme != "file" {
-			return "", usage("repository %q: this version keeps repositories in directories; give a path or file:///path", s)
-		}
-		if u.Host != "" && u.Host != "localhost" || u.Path == "" {
-			return "", usage("repository %q: a file URL has three slashes: file:///path", s)
-		}
-		s = u.Path
-	}
-	return filepath.Abs(s)
-}
 
 // State is the state directory, opened when first needed.
 func (n *Node) State() (*state.Dir, error) {
@@ -152,15 +135,9 @@ func (n *Node) Repo(ctx context.Context) (*repo.Repo, error) {
 	if err != nil {
 		return nil, err
 	}
-	store, err := blob.OpenDir(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", path, repo.ErrNotRepository)
-	} else if err != nil {
-		return nil, fmt.Errorf("open the repository: %w", err)
-	}
-	if _, err := store.Get(ctx, "config", 0, 1); errors.Is(err, blob.ErrNotExist) {
-		// Before anybody is asked for a passphrase.
-		return nil, fmt.Errorf("%s: %w", path, repo.ErrNotRepository)
+	store, err := n.store(ctx, path)
+	if err != nil {
+		return nil, err
 	}
 	o, err := n.options()
 	if err != nil {
@@ -196,13 +173,15 @@ type Made struct {
 	Path       string `json:"path"`
 }
 
-// Init makes a repository in a directory that is missing or empty.
+// Init makes a repository in a directory that is missing or empty, or under an
+// empty prefix of a bucket.
 func (n *Node) Init(ctx context.Context) (Made, error) {
 	path, err := n.Location()
 	if err != nil {
 		return Made{}, err
 	}
-	if err := vacant(path); err != nil {
+	create, err := n.vacancy(ctx, path)
+	if err != nil {
 		return Made{}, err
 	}
 	o, err := n.options()
@@ -212,7 +191,7 @@ func (n *Node) Init(ctx context.Context) (Made, error) {
 	if err := n.ask(ctx, true); err != nil {
 		return Made{}, err
 	}
-	store, err := blob.CreateDir(path)
+	store, err := create(ctx)
 	if err != nil {
 		return Made{}, fmt.Errorf("make the repository: %w", err)
 	}
@@ -242,22 +221,4 @@ func vacant(path string) error {
 		}
 	}
 	return nil
-}
-
-// Check proves the repository.
-func (n *Node) Check(ctx context.Context, readData bool) (*repo.CheckReport, error) {
-	r, err := n.Repo(ctx)
-	if err != nil {
-		return nil, err
-	}
-	m := &mover.Meter{}
-	end := n.o.Report.task("check", m)
-	defer end()
-	report, err := r.Check(ctx, repo.CheckOptions{ReadData: readData, Report: m.Set})
-	if report != nil {
-		slices.SortFunc(report.Problems, func(a, b repo.Problem) int {
-			return cmp.Or(cmp.Compare(a.Point, b.Point), cmp.Compare(a.What, b.What), cmp.Compare(a.Object, b.Object))
-		})
-	}
-	return report, err
 }

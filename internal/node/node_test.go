@@ -18,9 +18,14 @@ func TestLocation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv("AWS_REGION", "")
+	t.Setenv("AWS_DEFAULT_REGION", "eu-west-1")
+	t.Setenv("AWS_ENDPOINT_URL_S3", "")
+	t.Setenv("AWS_ENDPOINT_URL", "")
 	for repo, want := range map[string]string{
+		"s3://bucket/a/?path-style=0": "s3://bucket/a?endpoint=https://s3.amazonaws.com&region=eu-west-1", "s3://key:secret@bucket": "", "gs://bucket": "",
 		"/a/b": "/a/b", "dir": abs, "file:///a/b": "/a/b", "file://localhost/a": "/a",
-		"": "", "file://host/a": "", "s3://bucket": "", "file://": "",
+		"": "", "file://host/a": "", "s3://": "", "file://": "",
 	} {
 		got, err := New(Options{Repo: repo}).Location()
 		if _, usage := errors.AsType[*UsageError](err); got != want || usage != (want == "") {
@@ -91,8 +96,9 @@ func TestRename(t *testing.T) {
 }
 
 func TestWithoutSecrets(t *testing.T) {
-	got := withoutSecrets([]string{"A=1", "HOLDFAST_PASSPHRASE=x", "HOLDFAST_PASSPHRASE_FILE=y", "HOLDFAST_REPO=z"})
-	if want := []string{"A=1", "HOLDFAST_REPO=z"}; !slices.Equal(got, want) {
+	got := withoutSecrets([]string{"A=1", "HOLDFAST_PASSPHRASE=x", "HOLDFAST_PASSPHRASE_FILE=y", "HOLDFAST_NEW_PASSPHRASE=w", "HOLDFAST_REPO=z",
+		"AWS_SECRET_ACCESS_KEY=s", "AWS_SESSION_TOKEN=t", "AWS_ACCESS_KEY_ID=i", "AWS_PROFILE=p"})
+	if want := []string{"A=1", "HOLDFAST_REPO=z", "AWS_ACCESS_KEY_ID=i", "AWS_PROFILE=p"}; !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
 }

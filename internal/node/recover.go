@@ -61,7 +61,7 @@ func (n *Node) at(ctx context.Context, location string, f func(*repo.Repo) error
 	if here, err := n.Location(); err != nil || here != location {
 		o := n.o
 		o.Repo = location
-		mine = &Node{o: o, passphrase: n.passphrase, state: n.state}
+		mine = &Node{o: o, passphrase: n.passphrase, state: n.state, keys: n.keys}
 		defer mine.Close() // only read
 	}
 	r, err := mine.Repo(ctx)

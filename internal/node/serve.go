@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"holdfast/internal/blob/s3"
 	"holdfast/internal/disk"
 	"holdfast/internal/hypervisor/libvirt"
 	"holdfast/internal/nbd"
@@ -30,10 +31,13 @@ import (
 const serveStart = 2 * time.Minute
 
 // secret is what a serving process reads from its stdin. The key saves the time
-// of deriving it from the passphrase once more.
+// of deriving it from the passphrase once more. Keys are those of the environment
+// for S3; what files and roles give, the process finds itself, so that it has new
+// ones when they change.
 type secret struct {
-	Passphrase []byte `json:"passphrase"`
-	Key        []byte `json:"key,omitempty"`
+	Passphrase []byte   `json:"passphrase"`
+	Key        []byte   `json:"key,omitempty"`
+	Keys       *s3.Keys `json:"keys,omitempty"`
 }
 
 // said is the one line that a serving process says on its stdout.
@@ -54,7 +58,10 @@ func (n *Node) startServing(ctx context.Context, session string) (publish.Ready,
 	if err := n.ask(ctx, false); err != nil {
 		return publish.Ready{}, err
 	}
-	keys := secret{Passphrase: n.passphrase}
+	keys := secret{Passphrase: n.passphrase, Keys: n.keys}
+	if keys.Keys == nil {
+		keys.Keys = s3.KeysFrom(os.Getenv)
+	}
 	if n.repo != nil {
 		keys.Key = n.repo.Key()
 	}
@@ -127,7 +134,7 @@ func (n *Node) serve(ctx context.Context, session string, in io.Reader, out io.W
 	if err := json.NewDecoder(io.LimitReader(in, 1<<20)).Decode(&keys); err != nil {
 		return fmt.Errorf("read the passphrase: %w", err)
 	}
-	n.passphrase, n.key = keys.Passphrase, keys.Key
+	n.passphrase, n.key, n.keys = keys.Passphrase, keys.Key, keys.Keys
 	st, err := n.State()
 	if err != nil {
 		return err

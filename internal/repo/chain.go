@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -54,6 +55,10 @@ type entrySealed struct {
 	Points []PointID `json:"points,omitempty"`
 	Packs  []string  `json:"packs,omitempty"`
 	Items  []badItem `json:"items,omitempty"`
+
+	Keyring string   `json:"keyring,omitempty"` // 8 digits: the newest one
+	Removed []string `json:"removed,omitempty"` // key slots
+	Until   *Until   `json:"until,omitempty"`
 }
 
 // badItem is a copy of an item that cannot be read.
@@ -74,10 +79,19 @@ type state struct {
 	digest     [32]byte // of entry head, or of config
 	points     map[PointID]Point
 	order      []PointID
-	indexes    map[[32]byte]bool // live index objects
-	over       map[string]kind   // leases: committed or revoked
-	quarantine map[[32]byte]bool // packs
+	forgotten  map[PointID]Point   // a pin may still keep their data
+	keep       map[PointID]Until   // marked to stay
+	indexes    map[[32]byte]bool   // live index objects
+	added      map[[32]byte]adding // by what entry, of each of those
+	over       map[string]kind     // leases: committed or revoked
+	quarantine map[[32]byte]uint64 // packs, and the entry that put them there
 	bad        map[badKey]bool
+	time       time.Time       // of the head, for people
+	keyring    int             // number of the newest one that an entry names
+	removed    map[string]bool // key slots
+	// quarantined is the newest entry that put packs into quarantine, moved the
+	// newest that changed which copies count: quarantine, sweep, distrust.
+	quarantined, moved uint64
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps.
 	gaps []string
@@ -85,15 +99,22 @@ type state struct {
 	unknown bool
 }
 
+// adding tells when, and in which run, an index object was added.
+type adding struct {
+	entry uint64
+	lease string
+}
+
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, indexes: map[[32]byte]bool{},
-		over: map[string]kind{}, quarantine: map[[32]byte]bool{}, bad: map[badKey]bool{}}
+	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]Point{}, keep: map[PointID]Until{},
+		indexes: map[[32]byte]bool{}, added: map[[32]byte]adding{},
+		over: map[string]kind{}, quarantine: map[[32]byte]uint64{}, bad: map[badKey]bool{}, removed: map[string]bool{}}
 }
 
 func entryName(n uint64) string { return fmt.Sprintf("chain/%012d", n) }
 
 // apply checks entry n's bytes against the state and takes it in.
-func (r *Repo) apply(s *state, p []byte) error {
+func (r *Repo) apply(ctx context.Context, s *state, p []byte) error {
 	n := s.head + 1
 	raw, err := seal.Parse(p, seal.Entry)
 	if err != nil {
@@ -110,7 +131,7 @@ func (r *Repo) apply(s *state, p []byte) error {
 	if c.Number != n || !s.unknown && !bytes.Equal(c.Previous, s.digest[:]) {
 		return fmt.Errorf("%s: %w: it does not follow its predecessor; an entry was exchanged or removed", entryName(n), ErrDamaged)
 	}
-	master, err := r.ring.Master(raw.Header.Key)
+	master, err := r.master(ctx, raw.Header.Key)
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
@@ -124,7 +145,7 @@ func (r *Repo) apply(s *state, p []byte) error {
 	if err := s.take(kind(raw.Header.Kind), &c, &sealed); err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	s.head, s.digest, s.unknown = n, sha256.Sum256(p), false
+	s.head, s.digest, s.unknown, s.time = n, sha256.Sum256(p), false, c.Time
 	return nil
 }
 
@@ -138,17 +159,38 @@ func (s *state) skip(why error) {
 // take changes the state as the entry says.
 func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	switch k {
-	case kindAdd, kindSweep, kindKeys, kindKeep:
+	case kindAdd:
+	case kindKeys:
+		if err := s.takeKeys(e); err != nil {
+			return err
+		}
+	case kindSweep:
+		s.moved = c.Number
 	case kindCommit:
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
+		}
+		if _, ok := s.forgotten[e.Point.ID]; ok { // it was copied here once more
+			s.order = slices.DeleteFunc(s.order, func(id PointID) bool { return id == e.Point.ID })
+			delete(s.forgotten, e.Point.ID)
 		}
 		s.points[e.Point.ID] = *e.Point
 		s.order = append(s.order, e.Point.ID)
 		s.over[c.Lease] = k
 	case kindForget:
 		for _, id := range e.Points {
-			delete(s.points, id)
+			if p, ok := s.points[id]; ok {
+				s.forgotten[id] = p
+				delete(s.points, id)
+			}
+		}
+	case kindKeep:
+		for _, id := range e.Points {
+			if e.Until == nil || *e.Until == "" {
+				delete(s.keep, id)
+			} else {
+				s.keep[id] = *e.Until
+			}
 		}
 	case kindRevoke:
 		s.over[c.Lease] = k
@@ -158,8 +200,11 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			if err != nil {
 				return err
 			}
-			s.quarantine[name] = true
+			if s.quarantine[name] == 0 {
+				s.quarantine[name] = c.Number
+			}
 		}
+		s.quarantined, s.moved = c.Number, c.Number
 	case kindDistrust:
 		for _, i := range e.Items {
 			if len(i.Pack) != 32 || len(i.ID) != 32 {
@@ -167,6 +212,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			}
 			s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 		}
+		s.moved = c.Number
 	default:
 		return fmt.Errorf("%w: chain entry of kind %d", ErrVersion, k)
 	}
@@ -175,10 +221,13 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			return fmt.Errorf("%w: index digest", ErrDamaged)
 		}
 		s.indexes[[32]byte(d)] = true
+		s.added[[32]byte(d)] = adding{c.Number, c.Lease}
 	}
 	for _, d := range c.Drops {
 		if len(d) == 32 {
 			delete(s.indexes, [32]byte(d))
+			delete(s.added, [32]byte(d))
+			s.moved = c.Number
 		}
 	}
 	return nil
@@ -203,7 +252,7 @@ func (r *Repo) load(ctx context.Context) error {
 		return err
 	}
 	for _, p := range entries {
-		if err := r.applyOrSkip(r.state, p); err != nil {
+		if err := r.applyOrSkip(ctx, r.state, p); err != nil {
 			return err
 		}
 		if r.state.head == seen.Number && !r.state.unknown && !bytes.Equal(seen.Digest, r.state.digest[:]) {
@@ -248,12 +297,16 @@ func (r *Repo) entries(ctx context.Context) ([][]byte, error) {
 const maxGap = 1 << 20
 
 // applyOrSkip takes an entry in, or notes that it is damaged or missing.
-func (r *Repo) applyOrSkip(s *state, p []byte) error {
+func (r *Repo) applyOrSkip(ctx context.Context, s *state, p []byte) error {
 	if p == nil {
 		s.skip(fmt.Errorf("%s: %w: missing", entryName(s.head+1), ErrDamaged))
 		return nil
 	}
-	err := r.apply(s, p)
+	return s.skipDamage(r.apply(ctx, s, p))
+}
+
+// skipDamage notes damage; other errors it returns.
+func (s *state) skipDamage(err error) error {
 	if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
 		s.skip(err)
 		return nil
@@ -326,6 +379,12 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 	for {
 		p, err := r.store.Get(ctx, entryName(s.head+1), 0, -1)
 		if errors.Is(err, blob.ErrNotExist) {
+			// An index object that is gone may have been replaced meanwhile.
+			if err := r.readIndexes(ctx, s); errors.Is(err, errMoved) {
+				continue
+			} else if err != nil {
+				return err
+			}
 			break
 		} else if err != nil {
 			return err
@@ -333,12 +392,18 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 		if s == old {
 			s = old.clone()
 		}
-		if err := r.applyOrSkip(s, p); err != nil {
+		err = r.apply(ctx, s, p)
+		if errors.Is(err, seal.ErrNoKey) && len(s.gaps) == 0 {
+			return fmt.Errorf("%w: %s", ErrKeys, err) // not damage: it was whole when it was opened
+		}
+		if err := s.skipDamage(err); err != nil {
 			return err
 		}
 	}
-	if err := r.readIndexes(ctx, s); err != nil {
-		return err
+	if s.keyring > old.keyring {
+		if err := r.learn(ctx); err != nil {
+			return err
+		}
 	}
 	if s == old {
 		return nil
@@ -352,7 +417,8 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 func (s *state) clone() *state {
 	c := *s
 	c.points, c.indexes, c.over = cloneMap(s.points), cloneMap(s.indexes), cloneMap(s.over)
-	c.quarantine, c.bad = cloneMap(s.quarantine), cloneMap(s.bad)
+	c.quarantine, c.bad, c.removed = cloneMap(s.quarantine), cloneMap(s.bad), cloneMap(s.removed)
+	c.forgotten, c.keep, c.added = cloneMap(s.forgotten), cloneMap(s.keep), cloneMap(s.added)
 	c.order = append([]PointID(nil), s.order...)
 	return &c
 }
@@ -426,7 +492,7 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 	}
 	var master *seal.Key
 	if err == nil {
-		master, err = r.ring.Master(raw.Header.Key)
+		master, err = r.master(ctx, raw.Header.Key)
 	}
 	var content []byte
 	if err == nil {
@@ -446,8 +512,8 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 }
 
 // putIndex stores an index object for the packs.
-func (r *Repo) putIndex(ctx context.Context, packs []index.Pack) ([32]byte, error) {
-	c := indexClear{Packs: make([]packRow, len(packs))}
+func (r *Repo) putIndex(ctx context.Context, packs []index.Pack, supersedes ...seal.Hex) ([32]byte, error) {
+	c := indexClear{Packs: make([]packRow, len(packs)), Supersedes: supersedes}
 	for i, k := range packs {
 		c.Packs[i] = packRow{k.Name, k.Size, k.Kind}
 	}

@@ -21,21 +21,35 @@ type CheckOptions struct {
 	// ReadData reads and authenticates every stored byte, not only that
 	// everything is there in its right length.
 	ReadData bool
+	// Percent, with ReadData, reads only so much of the packs' bytes, those first
+	// whose last reading by this machine is the longest ago. Repeated checks read
+	// everything in 100/Percent times. 0 and 100 read all.
+	Percent float64
 	// Report is told how many bytes of packs were looked at, of how many.
 	Report func(done, total int64)
 }
 
 // CheckReport is what Check found.
 type CheckReport struct {
-	Entries   uint64    `json:"chain_entries"`
-	Points    int       `json:"points"`
-	Packs     int       `json:"packs"`
-	PackBytes int64     `json:"pack_bytes"`
-	Nodes     int       `json:"nodes"` // of disk maps, equal ones counted once
-	ReadBytes int64     `json:"read_bytes"`
-	Problems  []Problem `json:"problems"`
+	Entries   uint64 `json:"chain_entries"`
+	Points    int    `json:"points"`
+	Packs     int    `json:"packs"`
+	PackBytes int64  `json:"pack_bytes"`
+	Nodes     int    `json:"nodes"`      // of disk maps, equal ones counted once
+	ReadPacks int    `json:"read_packs"` // of which every byte was read now
+	ReadBytes int64  `json:"read_bytes"`
+	// Unread counts packs that this machine has never read whole.
+	Unread   int       `json:"unread_packs"`
+	Problems []Problem `json:"problems"`
+	// Transient is what was wrong when it was read first, and right the second
+	// time: the stored bytes are good, the way here is not.
+	Transient []Problem `json:"transient"`
+	// Mended counts damaged packs of which everything was stored anew since.
+	Mended int `json:"mended_packs"`
 	// Distrusted counts damaged copies that the next runs will store again.
 	Distrusted int `json:"distrusted"`
+
+	worn []wornPack // damaged and not mended
 }
 
 // Problem is one thing that is wrong.
@@ -51,17 +65,37 @@ type Problem struct {
 // the chain, so that the next runs store again what they meet of it. An error
 // means that the check itself could not be done.
 func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
-	c := &checker{r: r, o: o, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
+	for {
+		report, err := r.check(ctx, o)
+		if !errors.Is(err, errMoved) {
+			return report, err
+		}
+	}
+}
+
+// check fails with errMoved when what it found wrong may be the work of a
+// prune beside it.
+func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
+	c := newChecker(r, o)
 	if err := c.chain(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.keys(ctx); err != nil {
 		return nil, err
 	}
 	if err := c.indexes(ctx); err != nil {
 		return nil, err
 	}
 	if err := c.stored(ctx); err != nil {
+		if errors.Is(err, ErrDamaged) && c.r.refresh(ctx) == nil && c.r.current().moved != c.moved {
+			return nil, errMoved
+		}
 		return nil, err
 	}
 	if err := c.points(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.still(ctx); err != nil {
 		return nil, err
 	}
 	if len(c.r.current().gaps) > 0 {
@@ -71,6 +105,10 @@ func (r *Repo) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 		return nil, err
 	}
 	return &c.report, c.distrust(ctx)
+}
+
+func newChecker(r *Repo, o CheckOptions) *checker {
+	return &checker{r: r, o: o, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
 }
 
 type packInfo struct {
@@ -84,9 +122,11 @@ type checker struct {
 	o     CheckOptions
 	packs map[[32]byte]packInfo
 	lost  map[tree.ID]int64 // by node: chunks below that cannot be read
+	moved uint64            // state.moved at the start
 
 	mu     sync.Mutex // guards what follows
 	bad    map[badKey]bool
+	worn   []wornPack
 	report CheckReport
 }
 
@@ -102,6 +142,7 @@ func (c *checker) chain(ctx context.Context) error {
 		return err
 	}
 	known := c.r.current()
+	c.moved = known.moved
 	p, err := c.r.store.Get(ctx, configName, 0, -1)
 	if err != nil {
 		return err
@@ -112,7 +153,7 @@ func (c *checker) chain(ctx context.Context) error {
 		if err != nil && !errors.Is(err, blob.ErrNotExist) {
 			return err
 		}
-		if err := c.r.applyOrSkip(s, p); err != nil {
+		if err := c.r.applyOrSkip(ctx, s, p); err != nil {
 			return err
 		}
 	}
@@ -132,6 +173,9 @@ func (c *checker) indexes(ctx context.Context) error {
 		packs, err := c.r.readIndex(ctx, d)
 		if errors.Is(err, ErrDamaged) {
 			c.problem(Problem{Object: indexName(d), What: err.Error()})
+			if err := c.still(ctx); err != nil {
+				return err
+			}
 			lost[d] = true
 			continue
 		} else if err != nil {
@@ -151,7 +195,11 @@ func (c *checker) indexes(ctx context.Context) error {
 }
 
 func (c *checker) note(index [32]byte, packs []index.Pack) {
+	s := c.r.current()
 	for i, k := range packs {
+		if s.quarantine[k.Name] != 0 {
+			continue // nothing may rest on it, and it may be gone any time
+		}
 		c.packs[k.Name] = packInfo{k.Size, index, i}
 		c.report.PackBytes += k.Size
 	}
@@ -180,51 +228,62 @@ func (c *checker) stored(ctx context.Context) error {
 		}
 		there[i.Name] = i.Size
 	}
+	seen := verifiedIn(c.r.cache)
+	read := seen.choose(c.packs, c.o)
 	var done int64
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(4)
 	for name, info := range c.packs {
 		g.Go(func() error {
-			if err := c.pack(gctx, name, info, there); err != nil {
+			if err := c.pack(gctx, name, info, there, read[name]); err != nil {
 				return err
 			}
 			c.mu.Lock()
 			defer c.mu.Unlock()
+			if read[name] {
+				seen.note(name)
+			}
 			if done += info.size; c.o.Report != nil {
 				c.o.Report(done, c.report.PackBytes)
 			}
 			return nil
 		})
 	}
-	return g.Wait()
+	err := g.Wait()
+	c.packProblems()
+	c.report.Unread = seen.unread(c.packs)
+	if !c.o.ReadData {
+		return err
+	}
+	// What was read counts though the check was interrupted.
+	return errors.Join(err, seen.save(c.packs))
 }
 
-func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64) error {
+func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64, read bool) error {
 	size, ok := there[packName(name)]
 	switch {
 	case !ok:
 		return c.badPack(ctx, name, info, "missing", nil)
 	case size != info.size:
 		return c.badPack(ctx, name, info, fmt.Sprintf("%d bytes long, should be %d", size, info.size), nil)
-	case !c.o.ReadData:
+	case !read:
 		return nil
 	}
-	var p []byte
-	for range 2 { // damage must show twice: the way here may have been at fault
-		var err error
-		if p, err = c.r.store.Get(ctx, packName(name), 0, -1); errors.Is(err, blob.ErrNotExist) {
-			return c.badPack(ctx, name, info, "missing", nil)
-		} else if err != nil {
-			return err
-		}
-		c.mu.Lock()
-		c.report.ReadBytes += int64(len(p))
-		c.mu.Unlock()
-		if sha256.Sum256(p) == name {
-			return nil
-		}
+	p, what, err := readTwice(ctx, c.r.store, packName(name), name)
+	if err != nil {
+		return err
 	}
-	return c.badPack(ctx, name, info, "its bytes have changed", p)
+	c.mu.Lock()
+	c.report.ReadPacks++
+	c.report.ReadBytes += int64(len(p))
+	if p != nil && what.first != "" && what.second == "" {
+		c.report.Transient = append(c.report.Transient, Problem{Object: packName(name), What: what.first})
+	}
+	c.mu.Unlock()
+	if what.second == "" {
+		return nil
+	}
+	return c.badPack(ctx, name, info, what.second, p)
 }
 
 // badPack notes a damaged pack and its items; with p, those that still open
@@ -234,29 +293,31 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 	if err != nil {
 		return err
 	}
-	bad := 0
+	w := wornPack{name: name, what: what, items: items, bad: map[pack.ID]bool{}, there: p != nil}
 	off := uint32(seal.HeaderLen)
 	for i, it := range items {
 		at := index.Place{Pack: name, Number: uint32(i), Offset: off, Stored: it.Stored}
 		off += it.Stored
-		if p != nil && c.opens(p, at, it.ID) {
+		if p != nil && c.opens(ctx, p, at, it.ID) {
 			continue
 		}
-		bad++
-		c.mu.Lock()
-		c.bad[badKey{name, it.ID}] = true
-		c.mu.Unlock()
+		w.bad[it.ID] = true
 	}
-	c.problem(Problem{Object: packName(name), What: fmt.Sprintf("%s: %d of %d chunks lost", what, bad, len(items))})
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for id := range w.bad {
+		c.bad[badKey{name, id}] = true
+	}
+	c.worn = append(c.worn, w)
 	return nil
 }
 
 // opens tries one item of a damaged pack in memory.
-func (c *checker) opens(p []byte, at index.Place, id pack.ID) bool {
+func (c *checker) opens(ctx context.Context, p []byte, at index.Place, id pack.ID) bool {
 	if len(p) < seal.HeaderLen || int64(at.Offset)+int64(at.Stored) > int64(len(p)) {
 		return false
 	}
-	h, master, err := c.r.packHeader(p)
+	h, master, err := c.r.packHeader(ctx, p)
 	if err != nil {
 		return false
 	}
@@ -377,13 +438,32 @@ func (c *checker) distrust(ctx context.Context) error {
 		}
 	}
 	c.report.Distrusted = len(items)
+	return c.r.distrust(ctx, items)
+}
+
+func (r *Repo) distrust(ctx context.Context, items []badItem) error {
 	for len(items) > 0 {
 		n := min(len(items), distrustItems)
 		e := entrySealed{Items: items[:n]}
-		if err := c.r.append(ctx, kindDistrust, entryClear{}, e, func(*state) error { return nil }); err != nil {
+		if err := r.append(ctx, kindDistrust, entryClear{}, e, func(*state) error { return nil }); err != nil {
 			return fmt.Errorf("record the damage, so that the next backups mend it: %w", err)
 		}
 		items = items[n:]
+	}
+	return nil
+}
+
+// still fails with errMoved when there are problems, and copies were moved
+// since the check began: then it must begin again.
+func (c *checker) still(ctx context.Context) error {
+	if len(c.report.Problems) == 0 {
+		return nil
+	}
+	if err := c.r.refresh(ctx); err != nil {
+		return err
+	}
+	if c.r.current().moved != c.moved {
+		return errMoved
 	}
 	return nil
 }

@@ -27,6 +27,6 @@
 //
 // # Locks in this package
 //
-// refreshing (one reader of the chain's news) is taken before mu (the state).
-// No I/O happens under mu. Run.mu and packer.mu are never held together.
+// refreshing (one reader of the chain's news) is taken before learning (one
+// reader of the keyrings), that before mu (the state). No I/O happens under mu. Run.mu and packer.mu are never held together.
 package repo

@@ -2,6 +2,7 @@ package repo
 
 import (
 	"flag"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -11,10 +12,16 @@ import (
 
 var update = flag.Bool("update", false, "make testdata anew")
 
-// The fixture of repotest was made by this; it must stay readable.
+// The fixtures of repotest were made by this, those that are there are not made
+// anew; they must stay readable.
 func TestFixture(t *testing.T) {
-	dir := filepath.Join("repotest", "empty")
-	if *update {
+	for _, name := range []string{"empty", "other"} {
+		t.Run(name, func(t *testing.T) { testFixture(t, filepath.Join("repotest", name)) })
+	}
+}
+
+func testFixture(t *testing.T, dir string) {
+	if _, err := os.Stat(dir); *update && os.IsNotExist(err) {
 		store, err := blob.CreateDir(dir)
 		if err != nil {
 			t.Fatal(err)

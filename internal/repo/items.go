@@ -30,7 +30,7 @@ func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) 
 		if err != nil {
 			return nil, err
 		}
-		h, master, err := r.packHeader(p)
+		h, master, err := r.packHeader(ctx, p)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", packName(name), err)
 		}
@@ -38,7 +38,7 @@ func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) 
 	})
 }
 
-func (r *Repo) packHeader(p []byte) (seal.Header, *seal.Key, error) {
+func (r *Repo) packHeader(ctx context.Context, p []byte) (seal.Header, *seal.Key, error) {
 	h, err := seal.ParseHeader(p, seal.Pack)
 	if err != nil {
 		return h, nil, err
@@ -46,7 +46,7 @@ func (r *Repo) packHeader(p []byte) (seal.Header, *seal.Key, error) {
 	if h.Repo != r.id {
 		return h, nil, fmt.Errorf("%w: %w", ErrDamaged, seal.ErrForeign)
 	}
-	master, err := r.ring.Master(h.Key)
+	master, err := r.master(ctx, h.Key)
 	return h, master, err
 }
 
@@ -60,44 +60,76 @@ func (r *Repo) get(ctx context.Context, name string, off, n int64) ([]byte, erro
 	return p, err
 }
 
+// packDigest is the inverse of packName.
+func packDigest(name string) (d [32]byte, err error) {
+	if len(name) < 64 {
+		return d, fmt.Errorf("%s: %w: not a pack's name", name, ErrDamaged)
+	}
+	if d, err = parseDigest(name[len(name)-64:]); err == nil && packName(d) != name {
+		err = fmt.Errorf("%s: %w: not a pack's name", name, ErrDamaged)
+	}
+	return d, err
+}
+
 // places gives everywhere that an item lies, without copies known to be bad.
+// Those in quarantine, which may be gone any time, come last.
 func (r *Repo) places(id pack.ID) ([]index.Place, error) {
 	all, err := r.index.Lookup(id, nil)
 	if err != nil {
 		return nil, err
 	}
 	s := r.current()
-	if len(s.bad) == 0 {
+	if len(s.bad) == 0 && len(s.quarantine) == 0 {
 		return all, nil
 	}
 	good := all[:0]
+	var last []index.Place
 	for _, p := range all {
-		if !s.bad[badKey{p.Pack, id}] {
+		switch {
+		case s.bad[badKey{p.Pack, id}]:
+		case s.quarantine[p.Pack] != 0:
+			last = append(last, p)
+		default:
 			good = append(good, p)
 		}
 	}
-	return good, nil
+	return append(good, last...), nil
 }
 
 // present reports whether an item need not be stored again.
 func (r *Repo) present(id pack.ID) (bool, error) {
+	_, there, err := r.presentIn(id)
+	return there, err
+}
+
+// presentIn gives the pack on which presence rests.
+func (r *Repo) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 	all, err := r.places(id)
-	if err != nil {
-		return false, err
+	if err != nil || len(all) == 0 || r.current().quarantine[all[0].Pack] != 0 {
+		return name, false, err
 	}
-	s := r.current()
-	for _, p := range all {
-		if !s.quarantine[p.Pack] {
-			return true, nil
-		}
-	}
-	return false, nil
+	return all[0].Pack, true, nil
 }
 
 // item reads one item and appends its content to dst, at most max bytes: from
-// any copy that opens. A copy is read twice before it is called bad.
+// any copy that opens. A copy is read twice before it is called bad. When a
+// prune has moved it since the chain was last read, the new copy is found.
+// The caller does not hold refreshing.
 func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
-	places, err := r.places(id)
+	moved, n := r.current().moved, len(dst)
+	dst, err := r.itemKnown(ctx, dst, id, max)
+	if !errors.Is(err, ErrDamaged) {
+		return dst, err
+	}
+	if r.refresh(ctx) != nil || r.current().moved == moved {
+		return dst, err
+	}
+	return r.itemKnown(ctx, dst[:n], id, max)
+}
+
+// itemKnown reads an item from where it was when the chain was last read.
+func (r *Repo) itemKnown(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
+	places, err := r.copies(id)
 	if err != nil {
 		return dst, err
 	}

@@ -52,6 +52,9 @@ func (r *Repo) readIndexes(ctx context.Context, s *state) error {
 	if done {
 		return nil
 	}
+	if _, err := r.store.Get(ctx, entryName(s.head+1), 0, -1); err == nil {
+		return errMoved
+	}
 	if _, err := r.makeUp(ctx, s, drop); err != nil {
 		return err
 	}
@@ -99,7 +102,7 @@ func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]in
 		if err != nil {
 			return nil, err
 		}
-		if listed[i.Name] {
+		if name, err := packDigest(i.Name); listed[i.Name] || err != nil || s.quarantine[name] != 0 {
 			continue
 		}
 		k, err := r.readDirectory(ctx, i)
@@ -125,7 +128,7 @@ func (r *Repo) readDirectory(ctx context.Context, i blob.Info) (k index.Pack, er
 	if err != nil {
 		return k, err
 	}
-	h, master, err := r.packHeader(p)
+	h, master, err := r.packHeader(ctx, p)
 	if err != nil {
 		return k, fmt.Errorf("%s: %w", i.Name, err)
 	}

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -59,11 +60,16 @@ func initialize(ctx context.Context, s blob.Store, passphrase []byte, o Options,
 	root, seed := randomKey(), randomKey()
 	ids, master := randomKey(), randomKey()
 	sign := ed25519.NewKeyFromSeed(seed[:])
-	if err := putSlot(ctx, s, repo, root, passphrase, kdf); err != nil {
+	kdf.Root = 1
+	if _, err := putSlot(ctx, s, repo, root, passphrase, kdf); err != nil {
 		return nil, err
 	}
 	ring := seal.Ring{IDs: ids[:], Sign: seed[:], Masters: []seal.Master{{Number: 1, Key: master[:]}}}
-	if err := putRing(ctx, s, repo, root, 1, &ring); err != nil {
+	p, err := sealRing(repo, root, 1, &ring)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.Put(ctx, ringName(repo, 1), p); err != nil {
 		return nil, err
 	}
 	clear, err := json.Marshal(config{tree.ChunkSize, tree.Fanout, seal.Hex(sign.Public().(ed25519.PublicKey)), []string{}, time.Now().UTC()})
@@ -71,8 +77,7 @@ func initialize(ctx context.Context, s blob.Store, passphrase []byte, o Options,
 		return nil, err
 	}
 	d := seal.Document{Header: seal.NewHeader(seal.Config, 0, 0, repo), Clear: clear}
-	p, err := d.Marshal(nil, "", sign)
-	if err != nil {
+	if p, err = d.Marshal(nil, "", sign); err != nil {
 		return nil, err
 	}
 	if err := s.Put(ctx, configName, p); errors.Is(err, blob.ErrExist) {
@@ -96,38 +101,23 @@ func RandomID() string {
 	return hex.EncodeToString(b[:])
 }
 
-func putSlot(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, passphrase []byte, kdf seal.KDF) error {
-	kdf.Salt = make([]byte, 16)
-	rand.Read(kdf.Salt)
-	kdf.Created = time.Now().UTC()
-	kek, err := kdf.Key(passphrase)
-	if err != nil {
-		return err
-	}
-	return putSealed(ctx, s, "keys/"+RandomID()[:16], seal.NewHeader(seal.Slot, 0, 0, repo), kdf, root[:], &kek, "slot")
-}
-
-func putRing(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, generation int, ring *seal.Ring) error {
-	content, err := json.Marshal(ring)
-	if err != nil {
-		return err
-	}
-	name := fmt.Sprintf("keyring/%08d-%s", generation, RandomID()[:8])
-	return putSealed(ctx, s, name, seal.NewHeader(seal.Keyring, 0, 0, repo), map[string]int{"root": 1}, content, root, "keyring")
-}
-
 // putSealed stores an unsigned document with a clear part as JSON.
 func putSealed(ctx context.Context, s blob.Store, name string, h seal.Header, clear any, content []byte, key *seal.Key, purpose string) error {
-	c, err := json.Marshal(clear)
-	if err != nil {
-		return err
-	}
-	d := seal.Document{Header: h, Clear: c, Sealed: content}
-	p, err := d.Marshal(key, purpose, nil)
+	p, err := sealed(h, clear, content, key, purpose)
 	if err != nil {
 		return err
 	}
 	return s.Put(ctx, name, p)
+}
+
+// sealed gives an unsigned document with a clear part as JSON.
+func sealed(h seal.Header, clear any, content []byte, key *seal.Key, purpose string) ([]byte, error) {
+	c, err := json.Marshal(clear)
+	if err != nil {
+		return nil, err
+	}
+	d := seal.Document{Header: h, Clear: c, Sealed: content}
+	return d.Marshal(key, purpose, nil)
 }
 
 // Open opens the repository on a store. It fails with ErrNotRepository,
@@ -146,24 +136,33 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}
-	r := &Repo{store: s, id: id, pub: ed25519.PublicKey(c.VerifyKey)}
+	r := &Repo{store: s, id: id, pub: ed25519.PublicKey(c.VerifyKey), secret: bytes.Clone(passphrase), slotKDF: seal.DefaultKDF()}
 	if o.Compression == Small {
 		r.compressor = codec.Small
 	}
-	if r.root, r.ring, err = unlock(ctx, s, id, passphrase, o.Key); err != nil {
+	r.cache = filepath.Join(o.Cache, r.ID())
+	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot())
+	if err != nil {
 		return nil, err
 	}
-	r.sign = ed25519.NewKeyFromSeed(r.ring.Sign)
+	r.useSlot(u.slot)
+	r.ring.now.Store(u)
+	r.sign = ed25519.NewKeyFromSeed(u.ring.Sign)
 	if !r.pub.Equal(r.sign.Public()) {
 		return nil, fmt.Errorf("config: %w: its verify key is not this repository's", ErrDamaged)
 	}
 	r.deriveIDs()
-	r.cache = filepath.Join(o.Cache, r.ID())
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
 	r.state = newState(sha256.Sum256(p))
+	r.state.time = c.Created
 	if err := r.load(ctx); err != nil {
 		return nil, err
+	}
+	if r.state.keyring > u.number {
+		if err := r.learn(ctx); err != nil {
+			return nil, err
+		}
 	}
 	if r.index, err = index.Open(filepath.Join(r.cache, "index"), r.live); err != nil {
 		return nil, err
@@ -192,94 +191,6 @@ func parseConfig(p []byte) (c config, id [16]byte, err error) {
 		return c, id, fmt.Errorf("%w: parameters", ErrDamaged)
 	}
 	return c, raw.Header.Repo, raw.Verify(raw.Header.Repo, ed25519.PublicKey(c.VerifyKey))
-}
-
-// unlock finds the root key, which may be given, or else is in the slot that the
-// passphrase opens, and with it the newest keyring.
-func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte) (*seal.Key, *seal.Ring, error) {
-	if len(key) == len(seal.Key{}) {
-		root := (*seal.Key)(key)
-		if ring, err := newestRing(ctx, s, id, root); err == nil {
-			return root, ring, nil
-		}
-	}
-	root, err := findRoot(ctx, s, id, passphrase)
-	if err != nil {
-		return nil, nil, err
-	}
-	ring, err := newestRing(ctx, s, id, root)
-	return root, ring, err
-}
-
-func findRoot(ctx context.Context, s blob.Store, id [16]byte, passphrase []byte) (*seal.Key, error) {
-	names, err := listNames(ctx, s, "keys/")
-	if err != nil {
-		return nil, err
-	}
-	slots := 0
-	var damage error
-	for _, name := range names {
-		root, err := openSlot(ctx, s, name, id, passphrase)
-		switch {
-		case err == nil:
-			return root, nil
-		case errors.Is(err, ErrPassphrase):
-			slots++
-		case errors.Is(err, seal.ErrForeign):
-		case errors.Is(err, ErrDamaged), errors.Is(err, ErrVersion):
-			damage = errors.Join(damage, err)
-		default:
-			return nil, err
-		}
-	}
-	if damage != nil {
-		return nil, fmt.Errorf("no key slot opens: %w", damage)
-	}
-	if slots == 0 {
-		return nil, fmt.Errorf("keys: %w: no key slot is left; put back keys/ from a copy of the repository", ErrDamaged)
-	}
-	return nil, ErrPassphrase
-}
-
-func openSlot(ctx context.Context, s blob.Store, name string, id [16]byte, passphrase []byte) (*seal.Key, error) {
-	raw, err := getDocument(ctx, s, name, seal.Slot, id)
-	if err != nil {
-		return nil, err
-	}
-	var kdf seal.KDF
-	if err := seal.Unmarshal(raw.Clear, &kdf); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	kek, err := kdf.Key(passphrase)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	root, err := raw.Open(&kek, "slot")
-	if err != nil || len(root) != len(seal.Key{}) {
-		return nil, ErrPassphrase
-	}
-	return (*seal.Key)(root), nil
-}
-
-func newestRing(ctx context.Context, s blob.Store, id [16]byte, root *seal.Key) (*seal.Ring, error) {
-	names, err := listNames(ctx, s, "keyring/")
-	if err != nil {
-		return nil, err
-	}
-	err = fmt.Errorf("keyring: %w: missing", ErrDamaged)
-	for _, name := range slices.Backward(names) {
-		raw, docErr := getDocument(ctx, s, name, seal.Keyring, id)
-		if docErr == nil {
-			var content []byte
-			if content, docErr = raw.Open(root, "keyring"); docErr == nil {
-				return seal.ParseRing(content)
-			}
-		}
-		if !errors.Is(docErr, seal.ErrForeign) {
-			err = fmt.Errorf("%s: %w", name, docErr)
-		}
-	}
-	return nil, err
 }
 
 // getDocument reads an object and checks its form and repository.

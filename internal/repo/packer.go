@@ -85,9 +85,11 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 		return context.Cause(run.ctx)
 	}
 	run.storing.Go(func() {
-		defer func() { <-run.slots }()
 		p, err := run.r.putPack(run.ctx, kind, items, arena)
-		arenas.Put(&arena)
+		<-run.slots
+		if err == nil {
+			err = run.prove(p)
+		}
 		if err != nil {
 			run.fail(err)
 			return
@@ -95,13 +97,15 @@ func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, ar
 		run.mu.Lock()
 		defer run.mu.Unlock()
 		run.packs = append(run.packs, p)
+		run.uses[p.Name] = true
 		run.stored += p.Size
 		run.packedItems += len(p.Items)
 	})
 	return run.failed()
 }
 
-// putPack seals items, which it sorts, and stores them.
+// putPack seals items, which it sorts, and stores them. It takes the arena: on a
+// store far away a pack waits long, and need not be in memory twice meanwhile.
 func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena []byte) (index.Pack, error) {
 	slices.SortStableFunc(items, func(a, b packItem) int { return cmp.Compare(a.at, b.at) })
 	plain := make([]pack.Item, len(items))
@@ -116,6 +120,7 @@ func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena
 	for i, e := range entries {
 		k.Items[i] = index.Item{ID: e.ID, Stored: e.Stored}
 	}
+	arenas.Put(&arena)
 	defer arenas.Put(&p)
 	// The name is the content's digest, so a name that is taken is this pack.
 	if err := r.store.Put(ctx, packName(k.Name), p); err != nil && !errors.Is(err, blob.ErrExist) {

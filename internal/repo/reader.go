@@ -139,8 +139,8 @@ func (d *DiskReader) readRun(ctx context.Context, p []byte, off, first int64, id
 	if err != nil {
 		return 0, err
 	}
-	if len(run) == 0 {
-		return 0, fmt.Errorf("%w: chunk %x is in no pack", ErrDamaged, ids[0][:8])
+	if len(run) == 0 { // no copy that is known to be good
+		return 1, d.readCached(ctx, p, off, first, ids[:1])
 	}
 	stored, err := d.fetchRun(ctx, run)
 	if err != nil && !errors.Is(err, ErrDamaged) {
@@ -268,16 +268,20 @@ func (d *DiskReader) Extents(ctx context.Context, off, n int64) disk.Extents {
 // chunk ids: nothing but the map is fetched. off is a multiple of ChunkSize,
 // and so is len(p) but at the disk's end.
 func (d *DiskReader) Matches(ctx context.Context, p []byte, off int64) (bool, error) {
-	if err := checkAligned(d.size, off, int64(len(p))); err != nil {
+	return matches(ctx, d.r, d.r.node, d.root, d.size, p, off)
+}
+
+func matches(ctx context.Context, r *Repo, fetch tree.Fetch, root tree.Root, size int64, p []byte, off int64) (bool, error) {
+	if err := checkAligned(size, off, int64(len(p))); err != nil {
 		return false, err
 	}
 	first, count := chunkRange(off, int64(len(p)))
 	ids := make([]pack.ID, count)
-	if err := tree.Lookup(ctx, d.r.node, d.root, first, ids); err != nil {
+	if err := tree.Lookup(ctx, fetch, root, first, ids); err != nil {
 		return false, err
 	}
 	for k, id := range ids {
-		if d.r.contentID(p[k*ChunkSize:min(len(p), (k+1)*ChunkSize)]) != id {
+		if r.contentID(p[k*ChunkSize:min(len(p), (k+1)*ChunkSize)]) != id {
 			return false, nil
 		}
 	}

@@ -40,6 +40,9 @@ var (
 	ErrNotExist = errors.New("no such restore point")
 	// ErrRevoked: the run's lease was declared dead; it cannot commit.
 	ErrRevoked = errors.New("this run's lease was revoked")
+	// ErrKeys: the keys were changed, and what opened the repository here is
+	// not among the new ones.
+	ErrKeys = errors.New("the repository's keys were changed")
 	// ErrRolledBack: the store does not contain what this machine saw in it.
 	ErrRolledBack = errors.New("the repository is older than this machine has seen it")
 )
@@ -61,11 +64,13 @@ type Point struct {
 	Session       string    `json:"session"`                  // the run that made it
 	Reference     string    `json:"reference,omitempty"`      // reference point; "" when there is none
 	ReferenceNote string    `json:"reference_note,omitempty"` // why there is none
+	CopiedFrom    string    `json:"copied_from,omitempty"`    // id of the repository that it was copied from; "" for one made here
 	Disks         []Disk    `json:"disks"`
 	Files         []File    `json:"files"`
 	ReadBytes     int64     `json:"read_bytes"`   // read from the host for this point
 	NewBytes      int64     `json:"new_bytes"`    // plain bytes of chunks that were new to the repository; set by Commit
 	StoredBytes   int64     `json:"stored_bytes"` // bytes that the run added to packs; set by Commit
+	Keep          Until     `json:"-"`            // marked to stay; from the chain
 }
 
 // Disk is one disk of a Point.
@@ -116,15 +121,19 @@ type Repo struct {
 	id    [16]byte
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
-	root  *seal.Key
-	ring  *seal.Ring
+	ring  liveRing
 	cache string // directory of this repository's cache
 
 	compressor codec.Compressor // of new chunks
 
 	chunkIDs, nodeIDs sync.Pool // hash.Hash, keyed
 
-	refreshing sync.Mutex // held while the chain's news is read; before mu
+	secret  []byte   // the passphrase, to follow a change of the root key; may be empty
+	slotKDF seal.KDF // of new passphrases
+
+	refreshing sync.Mutex // held while the chain's news is read; before learning and mu
+	learning   sync.Mutex // held while keyrings are read
+	ringNames  []string   // the keyrings that were read last; guarded by learning
 
 	mu    sync.RWMutex // guards state and what was found about lost index objects
 	state *state
@@ -144,7 +153,7 @@ func (r *Repo) ID() string { return hex.EncodeToString(r.id[:]) }
 
 // Key opens the repository in another process: Options.Key. It is as secret as
 // a passphrase, and holds until the root key is changed.
-func (r *Repo) Key() []byte { return bytes.Clone(r.root[:]) }
+func (r *Repo) Key() []byte { return bytes.Clone(r.ring.now.Load().root[:]) }
 
 // Close releases the index cache. No other call may be under way.
 func (r *Repo) Close() error { return r.index.Close() }
@@ -160,6 +169,7 @@ func (r *Repo) Points(ctx context.Context) ([]Point, error) {
 	points := make([]Point, 0, len(r.state.points))
 	for _, id := range r.state.order {
 		if p, ok := r.state.points[id]; ok {
+			p.Keep = r.state.keep[id]
 			points = append(points, p)
 		}
 	}
@@ -193,7 +203,7 @@ func keyedHash(pool *sync.Pool, p []byte) (id pack.ID) {
 }
 
 func (r *Repo) deriveIDs() {
-	ids := (*seal.Key)(r.ring.IDs)
+	ids := (*seal.Key)(r.ring.now.Load().ring.IDs)
 	keyed := func(purpose string) func() any {
 		key := ids.Derive(nil, purpose)
 		return func() any {

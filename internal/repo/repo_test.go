@@ -39,12 +39,23 @@ func create(t *testing.T, s blob.Store) *Repo {
 
 func reopen(t *testing.T, s blob.Store) *Repo {
 	t.Helper()
-	r, err := Open(ctx, s, secret, Options{Cache: t.TempDir()})
+	r, err := Open(ctx, s, secret, Options{Cache: cacheDir(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { r.Close() })
 	return r
+}
+
+// cacheDir is a directory in memory where that is to be had: many tests open a
+// repository hundreds of times, and each cache is synced.
+func cacheDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "holdfast-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }
 
 // image makes content with zeros, repetitions and noise.

@@ -19,11 +19,16 @@ import (
 
 const (
 	beatEvery = time.Minute
-	// storingPacks is how many packs are sealed and stored at once.
-	storingPacks = 2
+	// storingPacks is how many packs are sealed and stored at once: enough that
+	// a store that answers each request 50 ms late hardly slows a run.
+	storingPacks = 4
 	// announceItems is how many items a run stores before it shares them with
 	// others and its own next try: 16 GiB of disk. It also bounds the run's memory.
 	announceItems = 1 << 18
+	// announceEvery is how long a run stores, with a chunk at least to show for
+	// it, before it shares that. It bounds what a death costs over a slow link;
+	// entries are for ever, so it is not shorter.
+	announceEvery = 10 * time.Minute
 	// indexItems bounds one index object (docs/format.md §5).
 	indexItems = 1 << 19
 	// maxFile bounds a piece of configuration, bytes.
@@ -39,10 +44,12 @@ type Run struct {
 	fail  context.CancelCauseFunc
 	beats sync.WaitGroup
 
-	slots   chan struct{}
-	storing sync.WaitGroup
-	nodes   *packer
-	files   *packer
+	slots    chan struct{}
+	readBack ReadBack
+	proving  chan struct{} // places for packs being read back
+	storing  sync.WaitGroup
+	nodes    *packer
+	files    *packer
 
 	announcing sync.Mutex // held while index objects are made; before mu
 
@@ -54,6 +61,11 @@ type Run struct {
 	stored      int64                  // bytes in packs stored so far
 	newPlain    int64                  // plain bytes of new chunks
 	shelf       []shelved              // index objects that no entry has added yet
+	announced   time.Time              // when the run last shared what it stored, or began
+	uses        map[[32]byte]bool      // packs on which the point will rest
+	disks       []*packer              // of disks, finished or not
+	bases       []Root                 // maps that disks began as copies of
+	verified    uint64                 // up to that quarantine all was found present
 
 	committed bool
 }
@@ -81,7 +93,7 @@ func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
 		return nil, fmt.Errorf("open a lease: %w", err)
 	}
 	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks),
-		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}}
+		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, announced: time.Now(), uses: map[[32]byte]bool{}}
 	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
 	run.files = &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
@@ -135,12 +147,16 @@ func (run *Run) claim(id pack.ID, n *tree.Node) (bool, error) {
 	if known {
 		return false, nil
 	}
-	there, err := run.r.present(id)
-	if err != nil || there {
+	in, there, err := run.r.presentIn(id)
+	if err != nil {
 		return false, err
 	}
 	run.mu.Lock()
 	defer run.mu.Unlock()
+	if there {
+		run.uses[in] = true
+		return false, nil
+	}
 	if run.fresh[id] {
 		return false, nil
 	}
@@ -175,10 +191,10 @@ func (run *Run) storeNode(ctx context.Context, n *tree.Node) (tree.ID, error) {
 	return id, run.nodes.add(ctx, id, 0, len(p), append([]byte{0}, p...))
 }
 
-// announceSome shares what is stored when it has become much.
+// announceSome shares what is stored when it has become much, or old.
 func (run *Run) announceSome(ctx context.Context) error {
 	run.mu.Lock()
-	much := run.packedItems >= announceItems
+	much := run.packedItems >= announceItems || run.packedItems > 0 && time.Since(run.announced) >= announceEvery
 	run.mu.Unlock()
 	if !much || !run.announcing.TryLock() {
 		return nil
@@ -227,7 +243,7 @@ func (run *Run) announce(ctx context.Context) error {
 	if len(run.shelf) == 0 {
 		return nil
 	}
-	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayCommit); err != nil {
+	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayAnnounce); err != nil {
 		return err
 	}
 	run.settle()
@@ -242,8 +258,8 @@ func (run *Run) entry() entryClear {
 	return c
 }
 
-// mayCommit refuses once the lease is over.
-func (run *Run) mayCommit(s *state) error {
+// mayAnnounce refuses once the lease is over.
+func (run *Run) mayAnnounce(s *state) error {
 	if s.over[run.lease] == kindRevoke {
 		return ErrRevoked
 	}
@@ -263,6 +279,7 @@ func (run *Run) settle() {
 		}
 	}
 	run.shelf = nil
+	run.announced = time.Now()
 }
 
 // PutFile stores a piece of configuration, at most 64 MiB.
@@ -284,8 +301,14 @@ func (run *Run) PutFile(ctx context.Context, name string, data []byte) (File, er
 // Flush makes durable all that was written and finished: after it only the
 // commit itself is left to do.
 func (run *Run) Flush(ctx context.Context) error {
-	if err := errors.Join(run.files.flush(ctx), run.nodes.flush(ctx)); err != nil {
-		return err
+	// A disk that was given up holds chunks that others of this run rely on.
+	run.mu.Lock()
+	disks := slices.Clone(run.disks)
+	run.mu.Unlock()
+	for _, k := range append(disks, run.files, run.nodes) {
+		if err := k.flush(ctx); err != nil {
+			return err
+		}
 	}
 	run.storing.Wait()
 	if err := run.failed(); err != nil {
@@ -300,15 +323,20 @@ func (run *Run) Flush(ctx context.Context) error {
 // the point's ID, NewBytes and StoredBytes. When it fails with anything but
 // ErrRevoked, the store was asked and the point does not exist.
 func (run *Run) Commit(ctx context.Context, p *Point) error {
+	p.ID = PointID(RandomID())
+	return run.commit(ctx, p, run.mayCommit)
+}
+
+func (run *Run) commit(ctx context.Context, p *Point, allowed func(*state) error) error {
 	if err := run.Flush(ctx); err != nil {
 		return err
 	}
 	run.announcing.Lock()
 	defer run.announcing.Unlock()
 	run.mu.Lock()
-	p.ID, p.NewBytes, p.StoredBytes = PointID(RandomID()), run.newPlain, run.stored
+	p.NewBytes, p.StoredBytes = run.newPlain, run.stored
 	run.mu.Unlock()
-	if err := run.r.append(ctx, kindCommit, run.entry(), entrySealed{Point: p}, run.mayCommit); err != nil {
+	if err := run.appendPoint(ctx, p, allowed); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
 	run.settle()

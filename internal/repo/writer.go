@@ -18,6 +18,7 @@ import (
 type DiskWriter struct {
 	run    *Run
 	w      *tree.Writer
+	base   *DiskReader // nil without one
 	size   int64
 	packer *packer
 	new    atomic.Int64
@@ -33,7 +34,11 @@ type Counts struct {
 // Disk starts a disk's new map. With base the new disk begins as a copy of
 // it, cut or extended by zeros to size; with nil as zeros.
 func (run *Run) Disk(ctx context.Context, base *DiskReader, size int64) (*DiskWriter, error) {
-	return run.disk(ctx, base, size, &packer{run: run, kind: pack.Chunks, target: chunkPackBytes})
+	k := &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
+	run.mu.Lock()
+	run.disks = append(run.disks, k)
+	run.mu.Unlock()
+	return run.disk(ctx, base, size, k)
 }
 
 func (run *Run) disk(ctx context.Context, base *DiskReader, size int64, k *packer) (*DiskWriter, error) {
@@ -41,12 +46,15 @@ func (run *Run) disk(ctx context.Context, base *DiskReader, size int64, k *packe
 	var old int64
 	if base != nil {
 		root, old = base.root, base.size
+		run.mu.Lock()
+		run.bases = append(run.bases, Root(root.String()))
+		run.mu.Unlock()
 	}
 	w, err := tree.NewWriter(ctx, run.fetchNode, run.storeNode, root, old, size)
 	if err != nil {
 		return nil, err
 	}
-	d := &DiskWriter{run: run, w: w, size: size, packer: k}
+	d := &DiskWriter{run: run, w: w, base: base, size: size, packer: k}
 	if tail := size % ChunkSize; base != nil && old > size && tail != 0 {
 		// What the old disk had behind the new end must not stay in the padding.
 		p := make([]byte, tail)
@@ -82,10 +90,20 @@ func (w *DiskWriter) WriteAt(ctx context.Context, p []byte, off int64) error {
 			return fmt.Errorf("store the chunk at %d: %w", off+int64(k*ChunkSize), err)
 		}
 	}
+	w.warm(ctx, first, count)
 	if err := w.w.Set(ctx, first, ids); err != nil {
 		return err
 	}
 	return w.run.announceSome(ctx)
+}
+
+// warm brings the base's nodes there into the cache. The map's writer fetches
+// one after another, under its lock; writers in parallel do this side by side.
+// What fails here fails again there.
+func (w *DiskWriter) warm(ctx context.Context, first, count int64) {
+	if w.base != nil && (first+count)*ChunkSize <= w.base.size {
+		_ = tree.Lookup(ctx, w.run.fetchNode, w.base.root, first, make([]pack.ID, count))
+	}
 }
 
 // put packs a chunk unless it is there.

@@ -13,13 +13,16 @@ import (
 
 const runFormat = "holdfast run"
 
-// RunRecord is what the journal keeps of a backup run while it runs: enough to
-// find on the hosts, after a crash, what the run made there.
+// RunRecord is what the journal keeps of a backup's or copy's run while it
+// runs: enough to find on the hosts and in the repositories, after a crash, what
+// the run made there.
 type RunRecord struct {
 	ID         string    `json:"id"`
 	Started    time.Time `json:"started"`
 	Repository string    `json:"repository"` // id
-	Tasks      []Task    `json:"tasks"`
+	// Source is, for a copy, the id of the repository that it reads; "" for a backup.
+	Source string `json:"source,omitempty"`
+	Tasks  []Task `json:"tasks"`
 }
 
 // Task is a run's part for one VM. It is written before anything is made on
@@ -29,7 +32,7 @@ type Task struct {
 	VM      string `json:"vm"`    // name
 	VMID    string `json:"vm_id"` // identity on its host
 	History string `json:"history"`
-	// Step is how far it came: "snapshot", "reading", "commit", "closing".
+	// Step is how far it came: "snapshot", "reading", "commit", "closing"; "copy".
 	Step string `json:"step"`
 	// Note is what a cure needs besides: the reference point to forget.
 	Note string `json:"note,omitempty"`
@@ -54,7 +57,11 @@ func (d *Dir) NewRun(r RunRecord) (*Run, error) {
 		return nil, fmt.Errorf("journal run %s: %w", r.ID, fs.ErrExist)
 	}
 	// The lock first: whoever sees the record can tell that its run is alive.
-	lock, err := acquire(lockPath(path), "backup")
+	name := "backup"
+	if r.Source != "" {
+		name = "copy"
+	}
+	lock, err := acquire(lockPath(path), name)
 	if err != nil {
 		return nil, fmt.Errorf("journal run %s: %w", r.ID, err)
 	}

@@ -21,6 +21,7 @@ var hostPackages = []string{
 	"xfsprogs", "btrfs-progs", // for images on filesystems with reflinks
 	"ovmf",
 	"p7zip-full", "libvhdi-utils", "libvmdk-utils", // other readers of disk images
+	"python3-cryptography", "python3-argon2", "python3-zstandard", // for another reader of the repository
 }
 
 // Setup makes the machine ready for lab guests: Debian packages, libvirt

@@ -16,16 +16,34 @@ type KDF struct {
 	Memory  uint32    `json:"memory_kib"`
 	Threads uint8     `json:"threads"`
 	Salt    Hex       `json:"salt"`
-	Root    int       `json:"root"` // generation of the root key
+	Root    int       `json:"root"`              // generation of the root key
+	RootID  string    `json:"root_id,omitempty"` // of the root key: Key.RootID
+	Kind    string    `json:"kind,omitempty"`    // "" for a passphrase, or KindRecovery
 	Label   string    `json:"label"`
 	Created time.Time `json:"created"`
 }
+
+// KindRecovery is the kind of a slot whose passphrase is the 32 bytes of a
+// recovery key.
+const KindRecovery = "recovery"
 
 // DefaultKDF is RFC 9106's second recommended option (section 4): 3 passes
 // over 64 MiB with 4 lanes, about 0.1 s on one core of 2026.
 // The salt is to be set.
 func DefaultKDF() KDF {
 	return KDF{Name: "argon2id", Time: 3, Memory: 64 << 10, Threads: 4, Root: 1}
+}
+
+// RecoveryKDF is as cheap as the function can be: nobody guesses 256 random bits.
+// The salt is to be set.
+func RecoveryKDF() KDF {
+	return KDF{Name: "argon2id", Time: 1, Memory: 8, Threads: 1, Kind: KindRecovery}
+}
+
+// RootID tells root keys apart without telling anything of them.
+func (k *Key) RootID() string {
+	id := k.Derive(nil, "root id")
+	return hex.EncodeToString(id[:8])
 }
 
 // Key runs the function. Parameters out of bounds are ErrDamaged: they come
@@ -79,7 +97,8 @@ func (r *Ring) Newest() (uint32, *Key) {
 // Master is the master key of that number.
 func (r *Ring) Master(n uint32) (*Key, error) {
 	if n < 1 || int64(n) > int64(len(r.Masters)) {
-		return nil, fmt.Errorf("%w: master key %d is not in the keyring", ErrDamaged, n)
+		return nil, fmt.Errorf("%w: %w: it is sealed with master key %d, the keyring has %d; use a passphrase that was added since, or put back keyring/",
+			ErrDamaged, ErrNoKey, n, len(r.Masters))
 	}
 	return (*Key)(r.Masters[n-1].Key), nil
 }

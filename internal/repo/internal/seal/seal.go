@@ -50,6 +50,9 @@ var (
 	ErrDamaged = errors.New("damaged")
 	// ErrVersion: written by a newer version of the format.
 	ErrVersion = errors.New("written in a newer format")
+	// ErrNoKey: sealed with a master key that the keyring does not have. It is
+	// ErrDamaged too, since that is how a lost keyring shows.
+	ErrNoKey = errors.New("no key for it")
 	// ErrForeign: belongs to another repository.
 	ErrForeign = errors.New("belongs to another repository")
 )

@@ -1,0 +1,137 @@
+package s3
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/blob/blobtest"
+)
+
+// versitygw starts a real S3 server, not written here, until the test ends:
+// HOLDFAST_VERSITYGW names its program, which "make test" builds.
+func versitygw(t *testing.T) (endpoint string) {
+	t.Helper()
+	exe := os.Getenv("HOLDFAST_VERSITYGW")
+	if exe == "" {
+		t.Skip("SKIPPED: needs an S3 server, which HOLDFAST_VERSITYGW names; \"make test\" builds it and sets it")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	root, versions := filepath.Join(dir, "root"), filepath.Join(dir, "versions")
+	if err := errors.Join(os.Mkdir(root, 0o700), os.Mkdir(versions, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	// Without --keep-alive, with which it takes the rest of a body that it has
+	// refused for the next request.
+	cmd := exec.Command(exe, "--port", addr, "--quiet", "posix", "--versioning-dir", versions, root)
+	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID=access", "ROOT_SECRET_ACCESS_KEY=secret")
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait() // it was killed
+		if t.Failed() {
+			t.Logf("versitygw said: %s", said.Bytes()[max(0, said.Len()-4000):])
+		}
+	})
+	for range 200 {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+			return "http://" + addr
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatalf("versitygw does not listen; it said: %s", said.Bytes())
+	return ""
+}
+
+// bucket makes a bucket on it.
+func bucket(t *testing.T, endpoint, name string, o minio.MakeBucketOptions) Options {
+	t.Helper()
+	opts := Options{Bucket: name, Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "secret"}}
+	if err := with(t, opts).core.MakeBucket(t.Context(), name, o); err != nil {
+		t.Fatal(err)
+	}
+	return opts
+}
+
+func TestVersitygw(t *testing.T) {
+	endpoint := versitygw(t)
+	ctx := t.Context()
+	for name, o := range map[string]minio.MakeBucketOptions{"plain": {}, "locking": {ObjectLocking: true}} {
+		opts := bucket(t, endpoint, name, o)
+		t.Run(name, func(t *testing.T) {
+			n := 0
+			blobtest.Store(t, func(t *testing.T) blob.Store {
+				n++
+				o := opts
+				o.Prefix = fmt.Sprintf("store-%d", n)
+				s, err := Create(t.Context(), o)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return s
+			})
+			// The order of its listing, where its directories could differ from it.
+			s := with(t, opts)
+			for _, name := range []string{"o/a/b", "o/a-b", "o/a.b", "o/a0", "o/a", "o/z"} {
+				if name != "o/a" { // a name that is a directory's too: no object of a repository
+					put(t, s, name, "x")
+				}
+			}
+			if got := names(t, s, "o/"); len(got) != 5 {
+				t.Errorf("listed %v", got)
+			}
+			big := bytes.Repeat([]byte("0123456789abcdef"), blob.MaxSize/16)
+			if err := s.Put(ctx, "big", big); err != nil {
+				t.Fatal(err)
+			}
+			if p, err := s.Get(ctx, "big", 0, -1); err != nil || !bytes.Equal(p, big) {
+				t.Errorf("the largest object: %v", err)
+			}
+		})
+	}
+	t.Run("locks", func(t *testing.T) {
+		o := bucket(t, endpoint, "locks", minio.MakeBucketOptions{ObjectLocking: true})
+		testLocks(t, with(t, o))
+	})
+	t.Run("hidden", func(t *testing.T) {
+		s := with(t, bucket(t, endpoint, "hidden", minio.MakeBucketOptions{ObjectLocking: true}))
+		hide, overwrite := strangers(t, s)
+		testHidden(t, s, hide, overwrite)
+	})
+	t.Run("a wrong secret", func(t *testing.T) {
+		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "wrong"}}
+		if _, err := with(t, o).Get(context.Background(), "config", 0, -1); !hasCode(err, "SignatureDoesNotMatch") {
+			t.Errorf("%v", err)
+		}
+	})
+	t.Run("no locks", func(t *testing.T) {
+		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true}
+		if err := with(t, Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "secret"}}).Canary(ctx, blob.Compliance); !errors.Is(err, blob.ErrNoLock) {
+			t.Errorf("canary of %s: %v", o, err)
+		}
+	})
+}

@@ -1,0 +1,94 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// Until says how long a point is marked to stay: Forever, a time in RFC 3339,
+// or "" for not at all.
+type Until string
+
+// Forever is until the mark is taken off.
+const Forever Until = "forever"
+
+// UntilTime marks to stay until t.
+func UntilTime(t time.Time) Until { return Until(t.UTC().Format(time.RFC3339)) }
+
+// Holds reports whether the mark keeps a point at that time. A mark that
+// cannot be read keeps it.
+func (u Until) Holds(now time.Time) bool {
+	if u == "" {
+		return false
+	}
+	t, err := time.Parse(time.RFC3339, string(u))
+	return err != nil || now.Before(t)
+}
+
+// ErrKept is returned by Forget for a point that is marked to stay.
+var ErrKept = errors.New("marked to stay")
+
+// errNothing ends an append that has become needless.
+var errNothing = errors.New("nothing to do")
+
+// Forget makes the points be no more, all in one entry. Their data goes with a
+// later prune; that of a pinned one stays until the pin goes. A point that
+// another has forgotten meanwhile is no error; one that never was is
+// ErrNotExist, and one whose mark holds at now is ErrKept: then none is
+// forgotten.
+func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
+	ids = slices.Compact(slices.Sorted(slices.Values(ids)))
+	allowed := func(s *state) error {
+		left := 0
+		for _, id := range ids {
+			_, live := s.points[id]
+			_, gone := s.forgotten[id]
+			switch {
+			case !live && !gone:
+				return fmt.Errorf("%s: %w", id, ErrNotExist)
+			case live && s.keep[id].Holds(now):
+				return fmt.Errorf("%s: %w (until %s); take the mark off first", id, ErrKept, s.keep[id])
+			case live:
+				left++
+			}
+		}
+		if left == 0 {
+			return errNothing
+		}
+		return nil
+	}
+	err := r.append(ctx, kindForget, entryClear{}, entrySealed{Points: ids}, allowed)
+	if err != nil && !errors.Is(err, errNothing) {
+		return fmt.Errorf("forget: %w", err)
+	}
+	return nil
+}
+
+// Keep marks points to stay until then, whatever the rules of retention say;
+// "" takes the mark off. It replaces an earlier mark.
+func (r *Repo) Keep(ctx context.Context, ids []PointID, until Until) error {
+	if _, err := time.Parse(time.RFC3339, string(until)); err != nil && until != "" && until != Forever {
+		return fmt.Errorf("keep: %q is neither a time nor %q", until, Forever)
+	}
+	allowed := func(s *state) error {
+		same := true
+		for _, id := range ids {
+			if _, ok := s.points[id]; !ok {
+				return fmt.Errorf("%s: %w", id, ErrNotExist)
+			}
+			same = same && s.keep[id] == until
+		}
+		if same {
+			return errNothing
+		}
+		return nil
+	}
+	err := r.append(ctx, kindKeep, entryClear{}, entrySealed{Points: ids, Until: &until}, allowed)
+	if err != nil && !errors.Is(err, errNothing) {
+		return fmt.Errorf("keep: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,496 @@
+package repo
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+	"holdfast/internal/repo/internal/tree"
+)
+
+// ErrRefused: prune will not remove anything as things are; the text says why
+// and what to do.
+var ErrRefused = errors.New("prune removes nothing")
+
+func refuse(format string, args ...any) error {
+	return fmt.Errorf("%w: %w", ErrRefused, fmt.Errorf(format, args...))
+}
+
+// marker finds what living and pinned points need. It keeps one bit for each
+// item of the inventory, about 200 bytes for each pack, and no ids: an item is
+// known by its place, and a node whose bit is set has been walked. So ten
+// million chunks in twenty thousand packs take 5 MB.
+type marker struct {
+	r     *Repo
+	own   string // the pruner's lease; "" in a dry run
+	there map[[32]byte]int64
+	old   *state // before there was listed
+
+	// As of state:
+	state  *state
+	before map[string]Lease // open, listed before state was read; without the own
+	after  map[string]Lease // listed after that
+	packs  map[[32]byte]*packMark
+	read   map[[32]byte]bool // index objects in packs
+	points map[PointID]bool  // walked
+	pinned int               // forgotten points that are pinned
+	notes  map[string]bool
+
+	mu     sync.Mutex // guards the bits of packs while walking, and what follows
+	nodes  int64
+	chunks int64
+	lost   map[PointID]int64 // chunks of which there is no copy
+}
+
+// packMark is a pack of the inventory.
+type packMark struct {
+	size    int64
+	kind    uint16
+	items   int
+	indexes [][32]byte // that list it; hardly ever more than one
+	added   adding
+	missing bool // not in the store, which a check has recorded
+	stuck   bool // holds what cannot be read and has no other copy
+
+	live      []uint64 // bits of items that are needed from here
+	liveBytes int64
+	copied    []uint64 // bits of items that were copied to other packs
+}
+
+// itemBytes is how many bytes the items take: the size without what every
+// pack has besides (docs/format.md §3).
+func (k *packMark) itemBytes() int64 {
+	return max(1, k.size-seal.HeaderLen-seal.TagLen-16-40*int64(k.items))
+}
+
+// uncopied lists the items that are needed and were not copied.
+func (k *packMark) uncopied() (numbers []int) {
+	for i := range k.items {
+		if bit(k.live, i) && !bit(k.copied, i) {
+			numbers = append(numbers, i)
+		}
+	}
+	return numbers
+}
+
+func (k *packMark) needed() bool {
+	for w, bits := range k.live {
+		if k.copied == nil && bits != 0 || k.copied != nil && bits&^k.copied[w] != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func bit(bits []uint64, i int) bool { return bits != nil && bits[i/64]&(1<<(i%64)) != 0 }
+
+func setBit(bits *[]uint64, i, n int) {
+	if *bits == nil {
+		*bits = make([]uint64, (n+63)/64)
+	}
+	(*bits)[i/64] |= 1 << (i % 64)
+}
+
+// catchUp brings the marks up to the chain's end: all of them anew when copies
+// were moved by another, else only those of what was added.
+func (m *marker) catchUp(ctx context.Context) error {
+	for {
+		if err := m.tryCatchUp(ctx); !errors.Is(err, errMoved) {
+			return err
+		}
+	}
+}
+
+// readIndex reads an index object that is live in s. It fails with errMoved
+// when that is gone because another prune has replaced it since.
+func (m *marker) readIndex(ctx context.Context, s *state, d [32]byte) ([]index.Pack, error) {
+	packs, err := m.r.readIndex(ctx, d)
+	if !errors.Is(err, ErrDamaged) {
+		return packs, err
+	}
+	if err := m.r.refresh(ctx); err != nil {
+		return nil, err
+	}
+	if m.r.current().head != s.head {
+		return nil, errMoved
+	}
+	return nil, refuse("%w; run check, or back up: both make the index anew from the packs", err)
+}
+
+// tryCatchUp fails with errMoved when it must begin anew.
+func (m *marker) tryCatchUp(ctx context.Context) error {
+	known := m.state
+	if known == nil {
+		known = m.r.current()
+	}
+	before, err := m.open(ctx, known)
+	if err != nil {
+		return err
+	}
+	if err := m.r.refresh(ctx); err != nil {
+		return err
+	}
+	s := m.r.current()
+	if damage := m.r.Damage(); len(damage) > 0 {
+		return refuse("%s; run check, and put back what it names from a copy of the repository", damage[0])
+	}
+	if m.state == nil || m.state.moved != s.moved {
+		m.packs, m.read, m.points = map[[32]byte]*packMark{}, map[[32]byte]bool{}, map[PointID]bool{}
+		m.lost, m.notes = map[PointID]int64{}, map[string]bool{}
+		m.nodes, m.chunks = 0, 0
+	}
+	if err := m.inventory(ctx, s); err != nil {
+		return err
+	}
+	if m.after, err = m.open(ctx, s); err != nil {
+		return err
+	}
+	for session := range s.over {
+		delete(before, session)
+	}
+	m.state, m.before = s, before
+	for _, id := range s.order {
+		if p, ok := s.points[id]; ok {
+			if err := m.point(ctx, &p); err != nil {
+				return err
+			}
+		}
+	}
+	return m.pins(ctx, s)
+}
+
+// open lists open leases but the own, which must be listed: else the listing
+// is not complete.
+func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
+	open, err := m.r.leases(ctx, s)
+	if err != nil {
+		return nil, fmt.Errorf("list leases: %w", err)
+	}
+	if m.own != "" {
+		if _, ok := open[m.own]; !ok {
+			if err := m.r.refresh(ctx); err != nil {
+				return nil, err
+			}
+			if m.r.current().over[m.own] != 0 {
+				return nil, ErrRevoked
+			}
+			return nil, refuse("the store does not list this prune's own lease, leases/%s: its listing cannot be relied on", m.own)
+		}
+		delete(open, m.own)
+	}
+	return open, nil
+}
+
+// adopt takes over the state after an entry of the pruner's own, unless there
+// are other news, which the next catchUp looks at.
+func (m *marker) adopt(ctx context.Context) error {
+	if s := m.r.current(); s.head == m.state.head+1 {
+		if err := m.inventory(ctx, s); errors.Is(err, errMoved) {
+			m.state = nil // part of it is taken in: begin anew
+			return m.catchUp(ctx)
+		} else if err != nil {
+			return err
+		}
+		m.state = s
+	}
+	return nil
+}
+
+// inventory reads the index objects that are new, forgets those that are no
+// more, and compares the packs that they list with the store's listing.
+func (m *marker) inventory(ctx context.Context, s *state) error {
+	for d := range s.indexes {
+		if m.read[d] {
+			continue
+		}
+		packs, err := m.readIndex(ctx, s, d)
+		if err != nil {
+			return err
+		}
+		for _, k := range packs {
+			if err := m.pack(ctx, s, d, &k); err != nil {
+				return err
+			}
+		}
+		m.read[d] = true
+	}
+	// Only now, so that a pack which another index object lists keeps its marks.
+	dropped := map[[32]byte]bool{}
+	for d := range m.read {
+		if !s.indexes[d] {
+			delete(m.read, d)
+			dropped[d] = true
+		}
+	}
+	for name, k := range m.packs {
+		if len(dropped) == 0 {
+			break
+		}
+		k.indexes = slices.DeleteFunc(k.indexes, func(d [32]byte) bool { return dropped[d] })
+		if len(k.indexes) == 0 {
+			delete(m.packs, name)
+		}
+	}
+	return nil
+}
+
+// pack notes a pack of the inventory. One that was in the inventory before
+// the store was listed must have been listed.
+func (m *marker) pack(ctx context.Context, s *state, d [32]byte, k *index.Pack) error {
+	if have := m.packs[k.Name]; have != nil {
+		have.indexes = append(have.indexes, d)
+		return nil
+	}
+	mark := &packMark{size: k.Size, kind: k.Kind, items: len(k.Items), indexes: [][32]byte{d}, added: s.added[d]}
+	m.packs[k.Name] = mark
+	size, listed := m.there[k.Name]
+	if listed && size == k.Size || !m.old.indexes[d] || s.quarantine[k.Name] != 0 {
+		return nil
+	}
+	name := packName(k.Name)
+	if !listed {
+		if _, err := m.r.store.Get(ctx, name, 0, seal.HeaderLen); err == nil {
+			return refuse("the store does not list %s, which is there: its listing cannot be relied on", name)
+		} else if !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, blob.ErrTruncated) {
+			return err
+		}
+		mark.missing = true
+	}
+	bad := 0
+	for _, it := range k.Items {
+		if s.bad[badKey{k.Name, it.ID}] {
+			bad++
+		}
+	}
+	if mark.missing && bad < len(k.Items) || bad == 0 {
+		return refuse("%s is missing or of a wrong length, and no check has looked into it; run check first", name)
+	}
+	return nil
+}
+
+// point walks the maps of a point that was not walked yet.
+func (m *marker) point(ctx context.Context, p *Point) error {
+	if m.points[p.ID] {
+		return nil
+	}
+	for _, d := range p.maps() {
+		root, err := tree.ParseRoot(string(d.root), d.size)
+		if err == nil {
+			err = m.disk(ctx, p.ID, root)
+		}
+		if errors.Is(err, ErrDamaged) || errors.Is(err, tree.ErrNode) {
+			return refuse("the map of %s of point %s (%s of %s) cannot be read, so what it needs is not known: %w; "+
+				"back %s up again and try once more, or forget the point", d.what, p.ID, p.VM, p.Time.Format("2006-01-02 15:04"), err, p.VM)
+		} else if err != nil {
+			return err
+		}
+	}
+	m.points[p.ID] = true
+	return nil
+}
+
+// walkers is how many nodes are read at once: a store far away needs it.
+const walkers = 16
+
+func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(walkers)
+	var walk func(id tree.ID, level int) error
+	walk = func(id tree.ID, level int) error {
+		first, err := m.mark(id)
+		if err != nil {
+			return err
+		}
+		if !first {
+			return nil
+		}
+		n, err := m.r.node(gctx, id, level)
+		if err != nil {
+			return err
+		}
+		m.mu.Lock()
+		m.nodes++
+		m.mu.Unlock()
+		for _, c := range n.Children {
+			switch {
+			case c == (tree.ID{}):
+			case level > 0:
+				if !g.TryGo(func() error { return walk(c, level-1) }) {
+					if err := walk(c, level-1); err != nil {
+						return err
+					}
+				}
+			default:
+				first, err := m.mark(c)
+				m.mu.Lock()
+				if first {
+					m.chunks++
+				}
+				if errors.Is(err, errLost) {
+					m.lost[p]++
+					err = nil
+				}
+				m.mu.Unlock()
+				if err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	if root.ID != (tree.ID{}) {
+		g.Go(func() error { return walk(root.ID, root.Levels-1) })
+	}
+	return g.Wait()
+}
+
+var errLost = fmt.Errorf("%w: in no pack", ErrDamaged)
+
+// mark sets the bit of the copy of an item that is to stay, and tells whether
+// it was not set before.
+func (m *marker) mark(id pack.ID) (first bool, err error) {
+	places, err := m.r.index.Lookup(id, nil)
+	if err != nil {
+		return false, err
+	}
+	best, bestRank := -1, 0
+	for i, p := range places {
+		if rank := m.rank(&p, id); rank > bestRank || rank == bestRank && rank > 0 && m.newer(&p, &places[best]) {
+			best, bestRank = i, rank
+		}
+	}
+	if best < 0 {
+		return false, errLost
+	}
+	p := places[best]
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := m.packs[p.Pack]
+	if bestRank == rankBad {
+		k.stuck = true
+	}
+	if bit(k.live, int(p.Number)) {
+		return false, nil
+	}
+	setBit(&k.live, int(p.Number), k.items)
+	k.liveBytes += int64(p.Stored)
+	return true, nil
+}
+
+const (
+	rankBad        = iota + 1 // known to be bad, but nothing else is there
+	rankQuarantine            // the only good copy: it is to be copied
+	rankGood
+)
+
+// rank says how good a copy is to rest on; 0 for not at all.
+func (m *marker) rank(p *index.Place, id pack.ID) int {
+	k := m.packs[p.Pack]
+	switch {
+	case k == nil || k.missing || int(p.Number) >= k.items:
+		return 0
+	case m.state.bad[badKey{p.Pack, id}]:
+		return rankBad
+	case m.state.quarantine[p.Pack] != 0:
+		return rankQuarantine
+	}
+	return rankGood
+}
+
+// newer prefers the copy that was added later, so that a prune that was cut
+// off after copying has not copied in vain.
+func (m *marker) newer(a, b *index.Place) bool {
+	ka, kb := m.packs[a.Pack], m.packs[b.Pack]
+	if ka.added.entry != kb.added.entry {
+		return ka.added.entry > kb.added.entry
+	}
+	return bytes.Compare(a.Pack[:], b.Pack[:]) > 0
+}
+
+// pins walks the points that are forgotten and pinned. It lists the pins after
+// the chain was read: who pins a point looks for it in the chain after.
+func (m *marker) pins(ctx context.Context, s *state) error {
+	names, err := listNames(ctx, m.r.store, "pins/")
+	if err != nil {
+		return fmt.Errorf("list pins: %w", err)
+	}
+	pinned := map[PointID]bool{}
+	for _, name := range names {
+		id, err := m.r.readPin(ctx, name)
+		if errors.Is(err, blob.ErrNotExist) {
+			continue
+		} else if err != nil {
+			session, _, _ := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
+			return refuse("%w; when its session is gone for certain: holdfast unpin %s --force", err, session)
+		}
+		pinned[id] = true
+	}
+	m.pinned = 0
+	for id := range pinned {
+		if _, live := s.points[id]; live {
+			continue
+		}
+		p, known := s.forgotten[id]
+		if !known {
+			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
+			continue
+		}
+		m.pinned++
+		if err := m.point(ctx, &p); err != nil {
+			return fmt.Errorf("the point is forgotten, but pinned: %w", err)
+		}
+	}
+	return nil
+}
+
+// readPin gives the point that a pin names, inside as well as in its name.
+func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
+	raw, err := getDocument(ctx, r.store, name, seal.Pin, r.id)
+	if err != nil {
+		return "", err
+	}
+	master, err := r.ring.Master(raw.Header.Key)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", name, err)
+	}
+	content, err := raw.Open(master, "pin")
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", name, err)
+	}
+	var pin struct {
+		Session string  `json:"session"`
+		Point   PointID `json:"point"`
+	}
+	if err := seal.Unmarshal(content, &pin); err != nil {
+		return "", fmt.Errorf("%s: %w", name, err)
+	}
+	if name != fmt.Sprintf("pins/%s.%s", pin.Session, pin.Point) {
+		return "", fmt.Errorf("%s: %w: its name is not what it says", name, ErrDamaged)
+	}
+	return pin.Point, nil
+}
+
+// shielded reports whether a pack belongs to a run that is under way: it has
+// announced it, and will name it in a point that is not there yet.
+func (m *marker) shielded(k *packMark) bool {
+	if k.added.lease == "" {
+		return false
+	}
+	_, before := m.before[k.added.lease]
+	_, after := m.after[k.added.lease]
+	return before || after || k.added.lease == m.own
+}
+
+// missing lists points of which chunks have no copy at all.
+func (m *marker) missing() map[PointID]int64 { return maps.Clone(m.lost) }

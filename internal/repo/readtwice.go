@@ -1,0 +1,87 @@
+package repo
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/pack"
+)
+
+// suspicion is what was wrong when an object was read; "" when nothing was.
+type suspicion struct{ first, second string }
+
+// readTwice reads an object whose SHA-256 is known, and once more when that
+// went wrong: the way here may have been at fault. p is what was read last, nil
+// when it could not be. An error means that the store answers nothing at all,
+// which says nothing about the object.
+func readTwice(ctx context.Context, s blob.Store, name string, sum [32]byte) (p []byte, what suspicion, err error) {
+	for _, w := range []*string{&what.first, &what.second} {
+		p, err = s.Get(ctx, name, 0, -1)
+		switch {
+		case err == nil && sha256.Sum256(p) == sum:
+			return p, what, nil
+		case err == nil:
+			*w = "its bytes have changed"
+		case ctx.Err() != nil:
+			return nil, what, ctx.Err()
+		case errors.Is(err, blob.ErrNotExist):
+			*w = "missing"
+		default:
+			*w = fmt.Sprintf("cannot be read: %v", err)
+		}
+	}
+	if err != nil && !errors.Is(err, blob.ErrNotExist) {
+		if _, probe := s.Get(ctx, configName, 0, 1); probe != nil {
+			return nil, what, err
+		}
+		p = nil
+	}
+	return p, what, nil
+}
+
+// wornPack is a pack that is not what it was.
+type wornPack struct {
+	name  [32]byte
+	what  string
+	items []index.Item
+	bad   map[pack.ID]bool // items that are lost with it
+	there bool             // its bytes can be read
+}
+
+// packProblems reports the damaged packs, but for those that the chain knows to
+// be so and of which every item lies elsewhere by now: that is mended, and
+// prune will remove what is left.
+func (c *checker) packProblems() {
+	known := c.r.current().bad
+	for _, w := range c.worn {
+		mended := true
+		for _, it := range w.items {
+			ok, err := c.readable(it.ID)
+			mended = mended && known[badKey{w.name, it.ID}] && ok && err == nil
+		}
+		if mended {
+			c.report.Mended++
+			continue
+		}
+		c.report.worn = append(c.report.worn, w)
+		what := fmt.Sprintf("%s: %d of %d chunks lost", w.what, len(w.bad), len(w.items))
+		if len(w.bad) == 0 {
+			what += "; \"holdfast repair\" stores them where they are safe"
+		}
+		c.problem(Problem{Object: packName(w.name), What: what})
+	}
+}
+
+// copies gives everywhere that an item lies, copies known to be bad last: what
+// could not be read once may be readable now, and it proves itself.
+func (r *Repo) copies(id pack.ID) ([]index.Place, error) {
+	good, err := r.places(id)
+	if err != nil || len(good) > 0 || len(r.current().bad) == 0 {
+		return good, err
+	}
+	return r.index.Lookup(id, nil)
+}
