@@ -124,7 +124,7 @@ func damage(r *repo.CheckReport, keyless bool) error {
 		return nil
 	}
 	points := pointsOf(r.Problems)
-	advice := "no restore point has lost anything"
+	advice := "no restore point has lost anything: \"holdfast repair\" stores anew what is left of what is damaged"
 	switch {
 	case keyless:
 		advice = "whoever has the passphrase learns from \"holdfast check\" what that means for restore points"

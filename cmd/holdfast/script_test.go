@@ -291,6 +291,8 @@ func (s *script) builtin(words []string) error {
 		return os.WriteFile(path(1), []byte(words[2]+"\n"), 0o600)
 	case "move":
 		return os.Rename(path(1), path(2))
+	case "copy":
+		return os.CopyFS(path(2), os.DirFS(path(1)))
 	case "rm":
 		return os.RemoveAll(path(1))
 	case "flip":

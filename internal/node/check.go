@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 
 	"holdfast/internal/mover"
@@ -95,18 +97,16 @@ func (n *Node) Repair(ctx context.Context, q RepairRequest) (*repo.RepairReport,
 	looked := &mover.Meter{}
 	o := repo.RepairOptions{Check: q.Check.options(looked)}
 	if q.From != "" {
-		from, err := n.from(ctx, q)
+		from, done, err := n.from(ctx, q)
 		if err != nil {
 			return nil, err
 		}
 		defer func() {
-			if closeErr := from.Close(); closeErr != nil {
+			if closeErr := done(); closeErr != nil {
 				n.o.Report.note("close %s: %v", q.From, closeErr)
 			}
 		}()
-		if o.From = from.repo; o.From.ID() == r.ID() {
-			return nil, usage("--from %s is the same repository: a repository cannot be repaired from itself", q.From)
-		}
+		o.From = from.repo
 	}
 	end := n.o.Report.task("check", looked)
 	defer end()
@@ -120,17 +120,44 @@ func (n *Node) Repair(ctx context.Context, q RepairRequest) (*repo.RepairReport,
 	return report, nil
 }
 
-// from opens the repository to repair from.
-func (n *Node) from(ctx context.Context, q RepairRequest) (*Node, error) {
+// from opens the repository to repair from. It may be an older copy of this
+// one's directory, so what this machine remembers of this one is not asked.
+func (n *Node) from(ctx context.Context, q RepairRequest) (from *Node, done func() error, err error) {
+	own, err := n.Location()
+	if err != nil {
+		return nil, nil, err
+	}
+	if theirs, err := locate(q.From); err != nil {
+		return nil, nil, err
+	} else if theirs == own {
+		return nil, nil, usage("--from %s is the same repository: a repository cannot be repaired from itself", q.From)
+	}
+	d, err := n.State()
+	if err != nil {
+		return nil, nil, err
+	}
+	caches := filepath.Join(d.Path(), "cache")
+	if err := os.MkdirAll(caches, 0o700); err != nil {
+		return nil, nil, err
+	}
+	cache, err := os.MkdirTemp(caches, "from-*")
+	if err != nil {
+		return nil, nil, err
+	}
+	remove := func() error { return os.RemoveAll(cache) }
 	o := n.o
 	o.Repo, o.Passphrase = q.From, q.Passphrase
-	from := &Node{o: o, state: n.state}
-	if _, err := from.Repo(ctx); errors.Is(err, repo.ErrPassphrase) {
-		return nil, fmt.Errorf("--from: %w; check HOLDFAST_FROM_PASSPHRASE or HOLDFAST_FROM_PASSPHRASE_FILE, or type it again", err)
-	} else if errors.Is(err, repo.ErrNotRepository) {
-		return nil, fmt.Errorf("--from: %w; check --from", err)
-	} else if err != nil {
-		return nil, fmt.Errorf("--from: %w", err)
+	from = &Node{o: o, state: n.state, cache: cache}
+	_, err = from.Repo(ctx)
+	switch {
+	case errors.Is(err, repo.ErrPassphrase):
+		err = fmt.Errorf("--from: %w; check HOLDFAST_FROM_PASSPHRASE or HOLDFAST_FROM_PASSPHRASE_FILE, or type it again", err)
+	case errors.Is(err, repo.ErrNotRepository):
+		err = fmt.Errorf("--from: %w; check --from", err)
+	case err != nil:
+		err = fmt.Errorf("--from: %w", err)
+	default:
+		return from, func() error { return errors.Join(from.Close(), remove()) }, nil
 	}
-	return from, nil
+	return nil, nil, errors.Join(err, remove())
 }

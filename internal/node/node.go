@@ -18,6 +18,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -81,6 +82,7 @@ type Node struct {
 	keys       *s3.Keys // of its store, likewise; nil looks for them
 	repo       *repo.Repo
 	state      *state.Dir
+	cache      string // "" is that of the state directory
 }
 
 // New makes a Node. Nothing is opened yet.
@@ -123,7 +125,7 @@ func (n *Node) options() (repo.Options, error) {
 	if err != nil {
 		return repo.Options{}, err
 	}
-	return repo.Options{Cache: filepath.Join(d.Path(), "cache"), Compression: n.o.Compression, Key: n.key}, nil
+	return repo.Options{Cache: cmp.Or(n.cache, filepath.Join(d.Path(), "cache")), Compression: n.o.Compression, Key: n.key}, nil
 }
 
 // Repo is the repository, opened when first needed.

@@ -230,6 +230,11 @@ func (c *checker) stored(ctx context.Context) error {
 	}
 	seen := verifiedIn(c.r.cache)
 	read := seen.choose(c.packs, c.o)
+	for k := range c.r.current().bad { // where damage was found before
+		if _, listed := c.packs[k.pack]; listed {
+			read[k.pack] = true
+		}
+	}
 	var done int64
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(4)
