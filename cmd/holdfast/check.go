@@ -43,7 +43,7 @@ func (a *app) check() *cobra.Command {
 	var keyless bool
 	cmd := &cobra.Command{
 		Use:     "check",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Prove that all restore points are whole",
 		Long: `Prove that the repository holds all that its restore points need: the chain of
 commits, every index and every pack in its length, and for every disk of every
@@ -149,7 +149,7 @@ func (a *app) repair() *cobra.Command {
 	var readData percent
 	cmd := &cobra.Command{
 		Use:     "repair [--from REPOSITORY]",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Store lost data anew, from another repository",
 		Long: `Check the repository, rebuild index objects that are lost, mark damaged data as
 lost, and store it anew from another repository with the same VMs: what lies at

@@ -32,7 +32,7 @@ func (a *app) forget() *cobra.Command {
 	var within string
 	cmd := &cobra.Command{
 		Use:     "forget [VM] [--keep-... N] | POINT...",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Drop restore points, by rules or by name",
 		Long: `Drop the restore points of a VM, or of all VMs, that no rule keeps, or the ones
 that are named. Each VM is looked at alone. A rule such as --keep-daily 7 keeps the
@@ -119,7 +119,7 @@ func (a *app) keep() *cobra.Command {
 	var forever, clear bool
 	cmd := &cobra.Command{
 		Use:     "keep POINT [--until DATE|--forever|--clear]",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Mark a restore point to stay",
 		Long: `Mark a restore point to stay, whatever the rules of "forget" say: for ever, or
 until the end of a day, or until a time. --clear takes the mark off.`,
@@ -200,7 +200,7 @@ func (a *app) prune() *cobra.Command {
 	var wait bool
 	cmd := &cobra.Command{
 		Use:     "prune",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Free the space of what no restore point needs",
 		Long: `Free what no restore point needs any more, in two steps: what is not needed is put
 into quarantine, where no backup counts on it; and it is removed when no backup is
