@@ -72,7 +72,10 @@ func (d *Dir) Put(ctx context.Context, name string, data []byte) error {
 		}
 		return fmt.Errorf("put %s: %w", name, err)
 	}
-	return syncDir(filepath.Dir(path))
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("put %s: make its name durable: %w", name, err)
+	}
+	return nil
 }
 
 // mkdir makes dir and its parents below the root, each durable in its parent.
@@ -106,11 +109,24 @@ func createNamed(path string, data []byte) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.Remove(f.Name())) }()
+	moved := false
+	defer func() {
+		if !moved {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
 	if err := fill(f, data); err != nil {
 		return err
 	}
-	return os.Link(f.Name(), path)
+	err = os.Link(f.Name(), path)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrExist) && linked(f.Name()):
+		return nil
+	case noLinks(err):
+		err = renameNew(f.Name(), path)
+		moved = err == nil
+	}
+	return err
 }
 
 // fill writes data, syncs and closes f.
@@ -162,8 +178,10 @@ func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error
 func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 	return func(yield func(Info, error) bool) {
 		dir, _, _ := cutLast(prefix)
-		err := filepath.WalkDir(d.path(dir), func(path string, e fs.DirEntry, err error) error {
+		top, none := d.path(dir), false
+		err := filepath.WalkDir(top, func(path string, e fs.DirEntry, err error) error {
 			if err != nil {
+				none = path == top && errors.Is(err, fs.ErrNotExist)
 				return err
 			}
 			if err := ctx.Err(); err != nil {
@@ -174,6 +192,9 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 				return err
 			}
 			name := filepath.ToSlash(rel)
+			if e.IsDir() && path != top && !listable(name) {
+				return fs.SkipDir // not of the store, and perhaps gone soon
+			}
 			if e.IsDir() || strings.HasPrefix(e.Name(), tmpPrefix) || !strings.HasPrefix(name, prefix) || CheckName(name) != nil {
 				return nil
 			}
@@ -188,7 +209,7 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 			}
 			return nil
 		})
-		if errors.Is(err, fs.ErrNotExist) {
+		if none {
 			// No such directory: nothing was ever put there. But when the root
 			// itself is gone, "nothing" would be a lie.
 			if _, rootErr := os.Stat(d.root); rootErr == nil {
@@ -200,6 +221,9 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 		}
 	}
 }
+
+// listable reports whether objects may lie in a directory.
+func listable(dir string) bool { return CheckName(dir+"/a") == nil }
 
 func cutLast(s string) (dir, base string, found bool) {
 	if i := strings.LastIndexByte(s, '/'); i >= 0 {

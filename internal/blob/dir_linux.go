@@ -36,3 +36,24 @@ func create(path string, data []byte) error {
 	}
 	return nil
 }
+
+// linked reports whether a file has a second name: a link over a network may be
+// made and its answer be lost, and then the retry says that the name is taken
+// (open(2), on O_EXCL).
+func linked(path string) bool {
+	var st unix.Stat_t
+	return unix.Stat(path, &st) == nil && st.Nlink == 2
+}
+
+// noLinks reports whether a filesystem has no hard links, by what link(2) said.
+func noLinks(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOSYS)
+}
+
+// renameNew moves a file to a name that nothing has yet.
+func renameNew(from, to string) error {
+	if err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE); err != nil {
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+	}
+	return nil
+}
