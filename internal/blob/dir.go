@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 )
 
 // tmpPrefix marks files that are being written; no object name starts so.
@@ -21,12 +22,14 @@ const tmpPrefix = ".tmp-"
 // An object is written to a file without a name (or, where the filesystem has
 // none such, a temporary one), synced, linked to its name, which fails when
 // the name is taken, and its directory is synced. A crash leaves the object
-// whole or absent.
+// whole or absent. Objects are locked in a directory that is hardened.
 type Dir struct {
 	root string
 
-	mu   sync.Mutex
-	made map[string]bool // directories known to exist durably; guarded by mu
+	mu    sync.Mutex
+	made  map[string]bool // directories known to exist durably; guarded by mu
+	queue []*asked        // for locks; guarded by mu
+	turn  chan struct{}   // one at a time asks for locks
 }
 
 // OpenDir opens the store in an existing directory.
@@ -42,7 +45,7 @@ func OpenDir(root string) (*Dir, error) {
 	if !fi.IsDir() {
 		return nil, fmt.Errorf("%s is not a directory", root)
 	}
-	return &Dir{root: abs, made: map[string]bool{abs: true}}, nil
+	return &Dir{root: abs, made: map[string]bool{abs: true}, turn: make(chan struct{}, 1)}, nil
 }
 
 // CreateDir makes the directory, which may exist when it is empty, and opens it.
@@ -243,7 +246,17 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("delete %s: %w", name, ErrNotExist)
 	} else if err != nil {
+		if errors.Is(err, syscall.EPERM) && d.keepsFrom(name) {
+			err = ErrLocked
+		}
 		return fmt.Errorf("delete %s: %w", name, err)
 	}
 	return syncDir(filepath.Dir(d.path(name)))
+}
+
+// keepsFrom reports whether it is a lock that refuses to delete an object. Over
+// a network it cannot be seen, and in a hardened directory it is the reason.
+func (d *Dir) keepsFrom(name string) bool {
+	set, known := immutable(d.path(name))
+	return set || !known && d.hardened() == nil
 }

@@ -57,3 +57,17 @@ func renameNew(from, to string) error {
 	}
 	return nil
 }
+
+// flagImmutable is FS_IMMUTABLE_FL of linux/fs.h.
+const flagImmutable = 0x10
+
+// immutable reads a file's immutable attribute, where the filesystem shows it.
+func immutable(path string) (set, known bool) {
+	f, err := os.Open(path)
+	if err != nil {
+		return false, false
+	}
+	defer f.Close()
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	return err == nil && flags&flagImmutable != 0, err == nil
+}
