@@ -43,6 +43,7 @@ type Keeper struct {
 
 	at        time.Time // that locks end by
 	clockKept time.Duration
+	thrown    int // requests, since clear was here: a writer cannot fill the log
 
 	// For tests: the time, and a cut before a step.
 	now  func() (instant, error)
@@ -305,6 +306,7 @@ func (k *Keeper) free(name string) error {
 
 // clear removes old answers, and what lies in the requests and is none.
 func (k *Keeper) clear() error {
+	k.thrown = 0
 	names, err := k.list(blob.HardenAnswers, 100_000)
 	if err != nil {
 		return err

@@ -160,7 +160,8 @@ func (p *preparation) guard() (unlock func() error, err error) {
 // missing.
 func (p *preparation) dir(name string, gid int, mode uint32) error {
 	f, err := p.root.open(name, unix.O_RDONLY|unix.O_DIRECTORY)
-	if errors.Is(err, fs.ErrNotExist) {
+	made := errors.Is(err, fs.ErrNotExist)
+	if made {
 		if !p.will("make %s", name) {
 			return nil
 		}
@@ -180,7 +181,14 @@ func (p *preparation) dir(name string, gid int, mode uint32) error {
 	if name == blob.HardenDir && st.Uid != 0 {
 		return fmt.Errorf("%w: there is a directory %s that is not root's: remove it", ErrUnsafe, name)
 	}
-	if st.Uid == 0 && int(st.Gid) == gid && st.Mode&0o7777 == mode || !p.will("make %s root's, mode %o", name, mode) {
+	if st.Uid == 0 && int(st.Gid) == gid && st.Mode&0o7777 == mode {
+		return nil
+	}
+	what := name
+	if name == "." {
+		what = p.root.path
+	}
+	if !made && !p.will("give %s to root, mode %o", what, mode) {
 		return nil
 	}
 	if err := errors.Join(unix.Fchown(int(f.Fd()), 0, gid), unix.Fchmod(int(f.Fd()), mode), f.Sync()); err != nil {

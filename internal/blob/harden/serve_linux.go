@@ -50,7 +50,9 @@ func (k *Keeper) answer(id string) (d Done, err error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return d, nil // taken back
 	} else if err != nil {
-		k.note("a request was thrown away: %v", err)
+		if k.thrown++; k.thrown <= 10 {
+			k.note("a request was thrown away: %v", err)
+		}
 		k.removeRequest(id)
 		return d, nil
 	}
