@@ -325,6 +325,12 @@ func TestRequests(t *testing.T) {
 		}
 	}
 
+	for _, name := range []string{"packs/01/hostname", "../victim", outside, "packs/00/link", "packs/../../victim"} {
+		if f, err := k.root.open(name, unix.O_RDONLY); err == nil {
+			t.Errorf("%s is opened: %v", name, f.Close())
+		}
+	}
+
 	// And what is no request at all.
 	requests := filepath.Join(dir, blob.HardenRequests)
 	bad := func(n int, text string) {
