@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 )
 
 // tmpPrefix marks files that are being written; no object name starts so.
@@ -117,6 +116,10 @@ func createNamed(path string, data []byte) (err error) {
 		if !moved {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
+		if err == nil {
+			// At last: SMB servers remove no name of a file that is read-only.
+			_ = os.Chmod(path, 0o400)
+		}
 	}()
 	if err := fill(f, data); err != nil {
 		return err
@@ -135,9 +138,6 @@ func createNamed(path string, data []byte) (err error) {
 // fill writes data, syncs and closes f.
 func fill(f *os.File, data []byte) error {
 	_, err := f.Write(data)
-	if err == nil {
-		err = f.Chmod(0o400)
-	}
 	if err == nil {
 		// An error of fsync is final for this file: it is never tried again.
 		err = f.Sync()
@@ -242,16 +242,28 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
-	err := os.Remove(d.path(name))
+	err := removeReadOnly(d.path(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("delete %s: %w", name, ErrNotExist)
 	} else if err != nil {
-		if errors.Is(err, syscall.EPERM) && d.keepsFrom(name) {
+		if errors.Is(err, fs.ErrPermission) && d.keepsFrom(name) {
 			err = ErrLocked
 		}
 		return fmt.Errorf("delete %s: %w", name, err)
 	}
 	return syncDir(filepath.Dir(d.path(name)))
+}
+
+// removeReadOnly deletes a file, also where that is refused for one that is
+// read-only, as SMB servers do.
+func removeReadOnly(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrPermission) && os.Chmod(path, 0o600) == nil {
+		if err = os.Remove(path); err != nil {
+			_ = os.Chmod(path, 0o400) // as it was
+		}
+	}
+	return err
 }
 
 // keepsFrom reports whether it is a lock that refuses to delete an object. Over
