@@ -61,13 +61,23 @@ func renameNew(from, to string) error {
 // flagImmutable is FS_IMMUTABLE_FL of linux/fs.h.
 const flagImmutable = 0x10
 
-// immutable reads a file's immutable attribute, where the filesystem shows it.
+// immutable reads a file's immutable attribute, where the filesystem shows it:
+// a client of SMB answers the question, and knows nothing of it.
 func immutable(path string) (set, known bool) {
 	f, err := os.Open(path)
 	if err != nil {
 		return false, false
 	}
 	defer f.Close()
+	var s unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {
+		return false, false
+	}
+	switch int64(uint32(s.Type)) {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC:
+	default:
+		return false, false
+	}
 	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
 	return err == nil && flags&flagImmutable != 0, err == nil
 }

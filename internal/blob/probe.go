@@ -106,7 +106,7 @@ func (d *Dir) removeProbes(mine string) error {
 // crowd sees that a listing of a large directory is complete. The files are as
 // good for that unsynced.
 func crowd(ctx context.Context, s *Dir) error {
-	const files, hands = 600, 8
+	const files, hands = 300, 8 // more than any client asks for at once
 	dir := s.path("crowd")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("try the store: %w", err)

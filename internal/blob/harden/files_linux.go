@@ -21,6 +21,9 @@ const flagImmutable = 0x10
 type root struct {
 	fd   int
 	path string
+	// patient is until when a file is waited for that somebody has a lease on: a
+	// server for network mounts gives such leases, and takes them back.
+	patient time.Time
 }
 
 func openRoot(path string) (*root, error) {
@@ -28,7 +31,7 @@ func openRoot(path string) (*root, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	return &root{fd, path}, nil
+	return &root{fd: fd, path: path}, nil
 }
 
 func (r *root) close() error { return unix.Close(r.fd) }
@@ -41,13 +44,18 @@ func (r *root) open(name string, flags int) (*os.File, error) {
 		Flags:   uint64(flags | unix.O_CLOEXEC | unix.O_NOFOLLOW),
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV,
 	}
-	for {
+	for tries := 0; ; tries++ {
 		fd, err := unix.Openat2(r.fd, name, &how)
 		switch {
 		case err == nil:
 			return os.NewFile(uintptr(fd), name), nil
-		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN) && tries < 3: // something was renamed meanwhile
 			continue
+		case errors.Is(err, unix.EAGAIN) && time.Now().Before(r.patient):
+			time.Sleep(5 * time.Millisecond)
+			continue
+		case errors.Is(err, unix.EAGAIN):
+			err = fmt.Errorf("somebody has a lease on it: %w", err)
 		case errors.Is(err, unix.ENOSYS):
 			err = fmt.Errorf("%w: openat2 needs Linux 5.6", err)
 		}

@@ -399,6 +399,18 @@ func childWriting(t *testing.T, dirs []string) {
 		must(t, close())
 	}
 	must(t, d.Lock(ctx, "packs/00/pack", lock))
+
+	// Nor can a lease make root wait.
+	must(t, d.Put(ctx, "packs/00/leased", nil))
+	f, err = os.Open(filepath.Join(dirs[0], "packs/00/leased"))
+	must(t, err)
+	_, err = unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
+	must(t, err)
+	if err := d.Lock(ctx, "packs/00/leased", lock); !errors.Is(err, blob.ErrNoLock) || !strings.Contains(err.Error(), "lease") {
+		t.Errorf("locked with a lease on it: %v", err)
+	}
+	must(t, f.Close())
+	must(t, d.Lock(ctx, "packs/00/leased", lock))
 }
 
 func TestAttacks(t *testing.T) {

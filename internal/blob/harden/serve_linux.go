@@ -17,8 +17,9 @@ import (
 	"holdfast/internal/blob"
 )
 
-// writingWait is how long a file may still be open for writing: a server for
-// network mounts closes a little later than its client. A variable for tests.
+// writingWait is how long the files of a request may still be open for writing,
+// and how long they are waited for: a server for network mounts closes a little
+// later than its client. A variable for tests.
 var writingWait = 2 * time.Second
 
 // serve answers the requests that are there.
@@ -46,9 +47,10 @@ func (k *Keeper) serve(ctx context.Context) (d Done, err error) {
 // answer handles one request. Its error is root's; what is wrong with the
 // request goes into the answer, or nowhere when it is none.
 func (k *Keeper) answer(id string) (d Done, err error) {
+	k.root.patient = time.Now().Add(writingWait)
 	q, err := k.request(id)
-	if errors.Is(err, fs.ErrNotExist) {
-		return d, nil // taken back
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EAGAIN) {
+		return d, nil // taken back, or its writer's mount has not let go of it
 	} else if err != nil {
 		if k.thrown++; k.thrown <= 10 {
 			k.note("a request was thrown away: %v", err)
