@@ -2,7 +2,8 @@
 // with names. Dir keeps them as files, Mem in memory.
 //
 // Names are relative slash-separated paths of [a-z0-9._-], at most 200 bytes,
-// no empty, "." or ".." element, none starting with ".tmp-". An object is at most MaxSize long.
+// no empty, "." or ".." element, none starting with ".tmp-", and ".harden" not
+// the first one. An object is at most MaxSize long.
 package blob
 
 import (
@@ -53,7 +54,7 @@ type Store interface {
 
 // CheckName returns ErrName unless every store takes the name.
 func CheckName(name string) error {
-	if name == "" || len(name) > 200 {
+	if name == "" || len(name) > 200 || name == HardenDir || strings.HasPrefix(name, HardenDir+"/") {
 		return fmt.Errorf("%w: %q", ErrName, name)
 	}
 	for el := range strings.SplitSeq(name, "/") {

@@ -21,12 +21,14 @@ const tmpPrefix = ".tmp-"
 // An object is written to a file without a name (or, where the filesystem has
 // none such, a temporary one), synced, linked to its name, which fails when
 // the name is taken, and its directory is synced. A crash leaves the object
-// whole or absent.
+// whole or absent. Objects are locked in a directory that is hardened.
 type Dir struct {
 	root string
 
-	mu   sync.Mutex
-	made map[string]bool // directories known to exist durably; guarded by mu
+	mu    sync.Mutex
+	made  map[string]bool // directories known to exist durably; guarded by mu
+	queue []*asked        // for locks; guarded by mu
+	turn  chan struct{}   // one at a time asks for locks
 }
 
 // OpenDir opens the store in an existing directory.
@@ -42,7 +44,7 @@ func OpenDir(root string) (*Dir, error) {
 	if !fi.IsDir() {
 		return nil, fmt.Errorf("%s is not a directory", root)
 	}
-	return &Dir{root: abs, made: map[string]bool{abs: true}}, nil
+	return &Dir{root: abs, made: map[string]bool{abs: true}, turn: make(chan struct{}, 1)}, nil
 }
 
 // CreateDir makes the directory, which may exist when it is empty, and opens it.
@@ -72,7 +74,10 @@ func (d *Dir) Put(ctx context.Context, name string, data []byte) error {
 		}
 		return fmt.Errorf("put %s: %w", name, err)
 	}
-	return syncDir(filepath.Dir(path))
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("put %s: make its name durable: %w", name, err)
+	}
+	return nil
 }
 
 // mkdir makes dir and its parents below the root, each durable in its parent.
@@ -106,19 +111,33 @@ func createNamed(path string, data []byte) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.Remove(f.Name())) }()
+	moved := false
+	defer func() {
+		if !moved {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+		if err == nil {
+			// At last: SMB servers remove no name of a file that is read-only.
+			_ = os.Chmod(path, 0o400)
+		}
+	}()
 	if err := fill(f, data); err != nil {
 		return err
 	}
-	return os.Link(f.Name(), path)
+	err = os.Link(f.Name(), path)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrExist) && linked(f.Name()):
+		return nil
+	case noLinks(err):
+		err = renameNew(f.Name(), path)
+		moved = err == nil
+	}
+	return err
 }
 
 // fill writes data, syncs and closes f.
 func fill(f *os.File, data []byte) error {
 	_, err := f.Write(data)
-	if err == nil {
-		err = f.Chmod(0o400)
-	}
 	if err == nil {
 		// An error of fsync is final for this file: it is never tried again.
 		err = f.Sync()
@@ -162,8 +181,10 @@ func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error
 func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 	return func(yield func(Info, error) bool) {
 		dir, _, _ := cutLast(prefix)
-		err := filepath.WalkDir(d.path(dir), func(path string, e fs.DirEntry, err error) error {
+		top, none := d.path(dir), false
+		err := filepath.WalkDir(top, func(path string, e fs.DirEntry, err error) error {
 			if err != nil {
+				none = path == top && errors.Is(err, fs.ErrNotExist)
 				return err
 			}
 			if err := ctx.Err(); err != nil {
@@ -174,6 +195,9 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 				return err
 			}
 			name := filepath.ToSlash(rel)
+			if e.IsDir() && path != top && !listable(name) {
+				return fs.SkipDir // not of the store, and perhaps gone soon
+			}
 			if e.IsDir() || strings.HasPrefix(e.Name(), tmpPrefix) || !strings.HasPrefix(name, prefix) || CheckName(name) != nil {
 				return nil
 			}
@@ -188,7 +212,7 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 			}
 			return nil
 		})
-		if errors.Is(err, fs.ErrNotExist) {
+		if none {
 			// No such directory: nothing was ever put there. But when the root
 			// itself is gone, "nothing" would be a lie.
 			if _, rootErr := os.Stat(d.root); rootErr == nil {
@@ -200,6 +224,9 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 		}
 	}
 }
+
+// listable reports whether objects may lie in a directory.
+func listable(dir string) bool { return CheckName(dir+"/a") == nil }
 
 func cutLast(s string) (dir, base string, found bool) {
 	if i := strings.LastIndexByte(s, '/'); i >= 0 {
@@ -215,11 +242,33 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
-	err := os.Remove(d.path(name))
+	err := removeReadOnly(d.path(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("delete %s: %w", name, ErrNotExist)
 	} else if err != nil {
+		if errors.Is(err, fs.ErrPermission) && d.keepsFrom(name) {
+			err = ErrLocked
+		}
 		return fmt.Errorf("delete %s: %w", name, err)
 	}
 	return syncDir(filepath.Dir(d.path(name)))
+}
+
+// removeReadOnly deletes a file, also where that is refused for one that is
+// read-only, as SMB servers do.
+func removeReadOnly(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrPermission) && os.Chmod(path, 0o600) == nil {
+		if err = os.Remove(path); err != nil {
+			_ = os.Chmod(path, 0o400) // as it was
+		}
+	}
+	return err
+}
+
+// keepsFrom reports whether it is a lock that refuses to delete an object. Over
+// a network it cannot be seen, and in a hardened directory it is the reason.
+func (d *Dir) keepsFrom(name string) bool {
+	set, known := immutable(d.path(name))
+	return set || !known && d.hardened() == nil
 }

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"syscall"
 
+	"holdfast/internal/blob/harden"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/hypervisor/libvirt"
 	"holdfast/internal/overlay"
@@ -32,6 +33,10 @@ var advice = []struct {
 	{repo.ErrRolledBack, "", "put the newer state back, or find out who restored an old copy; nothing was changed"},
 	{repo.ErrRevoked, "", "run it again"},
 	{repo.ErrDamaged, "put ", "\"holdfast check --read-data\" lists what is damaged; other restore points may be whole"},
+	{harden.ErrNotHardened, "", "prepare it with \"holdfast harden DIR --user USER\", where USER is who writes the repository"},
+	{harden.ErrNotStore, "", "make the repository first, as the user who writes it"},
+	{harden.ErrRuns, "", "see \"systemctl status\" and \"pgrep -a holdfast\""},
+	{harden.ErrNotRoot, "run it as root", "run it as root of the machine that has the filesystem"},
 	{state.ErrVersion, "", "use the newer Holdfast that wrote it"},
 	{state.ErrDamaged, "", "move the file away if the session is not needed any more"},
 	{state.ErrAmbiguous, "", "give more digits"},

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/mover"
 	"holdfast/internal/repo"
 )
@@ -45,9 +46,48 @@ func (n *Node) check(ctx context.Context, o repo.CheckOptions, m *mover.Meter) (
 	if err != nil {
 		return nil, err
 	}
+	path, err := n.Location()
+	if err != nil {
+		return nil, err
+	}
+	store, err := n.openStore(ctx, path)
+	if err != nil {
+		return nil, err
+	}
 	end := n.o.Report.task("check", m)
 	defer end()
-	return r.Check(ctx, o)
+	caught, err := n.try(ctx, store)
+	if err != nil {
+		return nil, err
+	}
+	report, err := r.Check(ctx, o)
+	return withProblems(report, caught), err
+}
+
+// try tells what the store is caught at when it is tried.
+func (n *Node) try(ctx context.Context, store blob.Store) ([]repo.Problem, error) {
+	p, ok := blob.As[blob.Prober](store)
+	if !ok {
+		return nil, nil
+	}
+	err := p.Probe(ctx)
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		return nil, err
+	case errors.Is(err, blob.ErrUnfit):
+		return []repo.Problem{{Object: "store", What: err.Error()}}, nil
+	default: // as it must be for somebody who may only read
+		n.o.Report.note("the store was not tried for what a repository needs: %v", err)
+	}
+	return nil, nil
+}
+
+func withProblems(r *repo.CheckReport, more []repo.Problem) *repo.CheckReport {
+	if r != nil {
+		r.Problems = append(r.Problems, more...)
+	}
+	return r
 }
 
 func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.Meter) (*repo.CheckReport, error) {
@@ -65,11 +105,15 @@ func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.M
 	}
 	end := n.o.Report.task("check", m)
 	defer end()
+	caught, err := n.try(ctx, store)
+	if err != nil {
+		return nil, err
+	}
 	report, err := repo.CheckKeyless(ctx, store, ro.Cache, o)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return report, nil
+	return withProblems(report, caught), nil
 }
 
 func sortProblems(p []repo.Problem) {

@@ -26,6 +26,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/s3"
@@ -216,6 +217,9 @@ func vacant(path string) error {
 		return fmt.Errorf("%s: %w", path, repo.ErrExist)
 	}
 	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".tmp-") {
+			continue
+		}
 		switch e.Name() {
 		case "keys", "keyring", "lost+found":
 		default:

@@ -15,7 +15,7 @@ import (
 
 // ErrUnsupported: the server does not do what a repository needs. The error
 // names it.
-var ErrUnsupported = errors.New("the server cannot be used for a repository")
+var ErrUnsupported = fmt.Errorf("%w", blob.ErrUnfit)
 
 func unsupported(feature, saw string) error {
 	return fmt.Errorf("%w: it does not support %s (%s)", ErrUnsupported, feature, saw)
