@@ -33,6 +33,7 @@ type Power struct {
 	rng     *rand.Rand
 	changes int
 	lost    bool
+	until   time.Time // stalled until then
 	calls   sync.WaitGroup
 }
 
@@ -55,6 +56,14 @@ func (p *Power) Lost() bool {
 // Wait returns when no call is under way, late ones included.
 func (p *Power) Wait() { p.calls.Wait() }
 
+// Stall keeps all calls under way for so long, as those of a process that is
+// stopped, or of a machine whose network is gone.
+func (p *Power) Stall(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.until = time.Now().Add(d)
+}
+
 func (p *Power) upTo(d time.Duration) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -69,7 +78,11 @@ func (p *Power) coin() bool {
 
 // travel is the way there or back.
 func (p *Power) travel(ctx context.Context) error {
-	t := time.NewTimer(p.upTo(p.Delay))
+	d := p.upTo(p.Delay)
+	p.mu.Lock()
+	d = max(d, time.Until(p.until))
+	p.mu.Unlock()
+	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
