@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
@@ -62,9 +63,11 @@ type model struct {
 	stores [2]*archive
 	pool   [][]byte // what disks are made of
 	end    time.Time
+	rush   bool // real time: nobody waits
 
 	mu     sync.Mutex // guards all below
 	points [2]map[repo.PointID]*known
+	copied [2]map[repo.PointID]bool // to there, or tried
 	counts map[string]int
 }
 
@@ -98,12 +101,12 @@ func hashOf(p []byte) string {
 	return hex.EncodeToString(h[:])
 }
 
-func history(t *testing.T, seed uint64, length time.Duration) {
+func newModel(t *testing.T, seed uint64, length time.Duration) *model {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	m := &model{t: t, end: time.Now().Add(length), counts: map[string]int{},
 		stores: [2]*archive{newArchive(t, repotest.Store(t)), newArchive(t, repotest.Other(t))}}
 	for i := range m.points {
-		m.points[i] = map[repo.PointID]*known{}
+		m.points[i], m.copied[i] = map[repo.PointID]*known{}, map[repo.PointID]bool{}
 	}
 	for range 40 {
 		p := make([]byte, chunk)
@@ -112,6 +115,11 @@ func history(t *testing.T, seed uint64, length time.Duration) {
 		}
 		m.pool = append(m.pool, p)
 	}
+	return m
+}
+
+func history(t *testing.T, seed uint64, length time.Duration) {
+	m := newModel(t, seed, length)
 	var wg sync.WaitGroup
 	for i := range 6 {
 		a := &actor{m: m, name: fmt.Sprint("machine ", i), rng: rand.New(rand.NewPCG(seed, uint64(100+i)))}
@@ -149,7 +157,7 @@ func (m *model) proves(side int, a *archive) {
 			if len(p.Notes) != 1 || hashOf(got) != p.Notes[0] {
 				t.Fatalf("repository %d: point %s is not what was backed up", side, p.ID)
 			}
-			if k := m.points[side][p.ID]; k != nil && (k.gone || hashOf(m.bytes(k.content)) != p.Notes[0]) {
+			if k := m.points[side][p.ID]; k != nil && (k.gone && !m.copied[side][p.ID] || hashOf(m.bytes(k.content)) != p.Notes[0]) {
 				t.Errorf("repository %d: point %s: %+v", side, p.ID, k)
 			}
 		}
@@ -205,7 +213,13 @@ type actor struct {
 }
 
 // wait lets time pass.
-func (a *actor) wait(most time.Duration) { time.Sleep(time.Duration(a.rng.Int64N(int64(most)))) }
+func (a *actor) wait(most time.Duration) {
+	if a.m.rush {
+		runtime.Gosched()
+		return
+	}
+	time.Sleep(time.Duration(a.rng.Int64N(int64(most))))
+}
 
 func (a *actor) live() {
 	var err error
@@ -500,6 +514,11 @@ func (a *actor) copy(side int) {
 	a.rng.Shuffle(len(missing), func(i, k int) { missing[i], missing[k] = missing[k], missing[i] })
 	missing = missing[:min(len(missing), 1+a.rng.IntN(3))]
 	a.m.count("copy")
+	a.m.mu.Lock()
+	for _, p := range missing { // a copy that was planned before a point was forgotten may bring it back
+		a.m.copied[1-side][p.ID] = true
+	}
+	a.m.mu.Unlock()
 	results, err := Run(ctx, Job{From: from, To: to, State: a.state, Points: missing})
 	if err != nil {
 		a.failed("copy", err)
@@ -561,5 +580,78 @@ func (a *actor) read(side int) {
 			a.forgetPoint(side, id, k)
 		}
 		a.wait(20 * time.Minute)
+	}
+}
+
+// Prunes of both repositories in a loop, beside writers that forget what they
+// wrote, copies in both directions, checks, and recoveries: points that are
+// pinned, forgotten, and read on. Nobody waits, and nobody meets an error but a
+// run that is told to run again.
+func TestPruneBesideEverything(t *testing.T) {
+	seed := rand.Uint64()
+	if v := os.Getenv("HOLDFAST_SEED"); v != "" {
+		fmt.Sscan(v, &seed)
+	}
+	t.Logf("HOLDFAST_SEED=%d", seed)
+	length := 1500 * time.Millisecond
+	if testing.Short() {
+		length = 500 * time.Millisecond
+	}
+	m := newModel(t, seed, length)
+	m.rush = true
+	var wg sync.WaitGroup
+	loop := func(i int, pace time.Duration, f func(a *actor, side int)) {
+		a := &actor{m: m, name: fmt.Sprint("process ", i), rng: rand.New(rand.NewPCG(seed, uint64(i)))}
+		var err error
+		if a.state, err = state.Open(tempDir(t)); err != nil {
+			t.Fatal(err)
+		}
+		for side, s := range m.stores {
+			a.repos[side] = repotest.Open(t, view{s, a.name})
+		}
+		wg.Go(func() {
+			for side := 0; time.Now().Before(m.end) && !t.Failed(); side = 1 - side {
+				f(a, side)
+				time.Sleep(pace) // else those with nothing to do take the processor
+			}
+		})
+	}
+	write := func(a *actor, side int) {
+		a.backup(side)
+		if a.rng.IntN(3) > 0 {
+			a.forget(side)
+		}
+	}
+	loop(1, 0, write)
+	loop(2, 0, write)
+	for i := range 2 {
+		loop(3+i, 5*time.Millisecond, func(a *actor, _ int) {
+			report, err := a.repos[i].Prune(ctx, repo.PruneOptions{Watch: -1})
+			if err == nil && len(report.Lost) > 0 {
+				err = fmt.Errorf("%+v", report)
+			}
+			if err != nil {
+				a.failed("prune", err)
+			}
+			a.m.count("prune")
+		})
+	}
+	loop(5, 20*time.Millisecond, (*actor).copy)
+	loop(6, 20*time.Millisecond, (*actor).copy)
+	loop(7, time.Millisecond, (*actor).read)
+	loop(8, 20*time.Millisecond, func(a *actor, side int) {
+		c, err := a.repos[side].Check(ctx, repo.CheckOptions{ReadData: true})
+		if err == nil && len(c.Problems) > 0 {
+			err = fmt.Errorf("%+v", c.Problems)
+		}
+		if err != nil {
+			a.failed("check", err)
+		}
+		a.m.count("check")
+	})
+	wg.Wait()
+	t.Log(m.counts)
+	for side, a := range m.stores {
+		m.proves(side, a)
 	}
 }
