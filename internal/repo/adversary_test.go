@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/blob/blobtest"
 )
 
 // hooked runs a function before some calls.
@@ -128,5 +129,39 @@ func TestLostWithItsIndex(t *testing.T) {
 		equal(t, r, again, third)
 		equal(t, r, victim, third)
 		clean(t, r, true)
+	}
+}
+
+// A commit that comes between a prune's marking and its quarantine, and rests on
+// what was dead when it was marked, makes the prune mark again: at no moment is
+// a point on a pack in quarantine.
+func TestQuarantineRightBehind(t *testing.T) {
+	made := new(blob.Mem)
+	r := create(t, made)
+	content := random(1, 5)
+	mustSave(t, r, "z", random(2, 5))
+	forget(t, r, mustSave(t, r, "a", content).ID)
+	for calls := 1; ; calls++ { // that the prune makes after that before the power goes
+		store := made.Clone()
+		r := reopen(t, store)
+		var p *Point
+		slow := &hooked{Store: store}
+		cut := &blobtest.Faulty{Inner: slow, Cut: true}
+		slow.put = func(name string) {
+			if strings.HasPrefix(name, "chain/") && p == nil {
+				p = mustSave(t, r, "b", content)
+				cut.At = cut.Calls() + calls
+			}
+		}
+		_, err := reopen(t, cut).Prune(ctx, unwatched)
+		if p == nil {
+			t.Fatal("nothing was put in quarantine")
+		}
+		r = reopen(t, store)
+		equal(t, r, p, content)
+		clean(t, r, true)
+		if err == nil {
+			break
+		}
 	}
 }
