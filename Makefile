@@ -4,7 +4,7 @@
 # make race    the fast part of the tests, under the race detector
 # make lint    gofmt, vet (Linux and Windows), staticcheck
 # make bench   speed against qemu-img, into bench/results.md   QUICK=1, CLEAN=1
-# make soak    hours of random kills                           SOAK_HOURS=8, SEED=n
+# make soak    hours of random histories and kills             SOAK_ROUNDS=200, SOAK_HOURS=8, SEED=n
 #
 # demo, test, bench and soak install Debian packages that are missing and start
 # libvirt when it is not running. That, and what uses guests, runs as root:
@@ -49,7 +49,12 @@ bench: build lab $(LAB)/versitygw
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(LAB)/ ./bench
 	$(SUDO) $(LAB)/bench -holdfast bin/holdfast $(if $(QUICK),-quick) $(if $(CLEAN),-clean)
 
+# First the repository's own: random histories of many writers, and the program
+# killed some five times a round. Then the guests, for hours.
 soak: build lab
+	HOLDFAST_SOAK=$(or $(SOAK_ROUNDS),200) $(GO) test -timeout 0 -v \
+		-run '^(TestManyWriters|TestKilledAtAnyMoment|TestPruneHistory|TestPruneOneFault|TestBitRot)$$' \
+		./internal/repo ./internal/replica ./cmd/holdfast
 	CGO_ENABLED=0 $(GO) test -c -o $(LAB)/ ./test/e2e
 	cd test/e2e && $(SUDO) env HOLDFAST_LAB=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast SOAK_HOURS=$(or $(SOAK_HOURS),8) SEED=$(SEED) \
 		$(CURDIR)/$(LAB)/e2e.test -test.v -test.run '^TestSoak$$' -test.timeout 0

@@ -26,6 +26,10 @@ var (
 	ErrName = errors.New("bad object name")
 	// ErrTruncated is returned by Get when the object ends before the range.
 	ErrTruncated = errors.New("object is shorter than asked for")
+	// ErrUnsynced is returned by Put when the object is there, but may be lost
+	// with the power: the medium failed to make its name durable. That is not
+	// tried again, since a second try that succeeds proves nothing.
+	ErrUnsynced = errors.New("object is not durable")
 )
 
 // Info is what a listing tells of an object.

@@ -44,7 +44,7 @@ func (d *Dir) canary(ctx context.Context, mode LockMode) error {
 	until := time.Now().Add(canaryLock)
 	name := fmt.Sprintf("%s/%d-%s", HardenCanaries, until.Unix(), hex.EncodeToString(id[:]))
 	path := d.path(name)
-	if err := create(path, canaryText); err != nil {
+	if err := d.create(path, canaryText); err != nil {
 		return err
 	}
 	if err := d.lock(ctx, name, Lock{Until: until, Mode: mode}); err != nil {

@@ -24,6 +24,7 @@ const tmpPrefix = ".tmp-"
 // whole or absent. Objects are locked in a directory that is hardened.
 type Dir struct {
 	root string
+	fs   files
 
 	mu    sync.Mutex
 	made  map[string]bool // directories known to exist durably; guarded by mu
@@ -44,18 +45,36 @@ func OpenDir(root string) (*Dir, error) {
 	if !fi.IsDir() {
 		return nil, fmt.Errorf("%s is not a directory", root)
 	}
-	return &Dir{root: abs, made: map[string]bool{abs: true}, turn: make(chan struct{}, 1)}, nil
+	return &Dir{root: abs, fs: osFiles{}, made: map[string]bool{abs: true}, turn: make(chan struct{}, 1)}, nil
 }
 
 // CreateDir makes the directory, which may exist when it is empty, and opens it.
 func CreateDir(root string) (*Dir, error) {
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return nil, err
+	abs, err := filepath.Abs(root)
+	if err == nil {
+		err = makeAll(osFiles{}, abs)
 	}
-	if err := syncDir(filepath.Dir(filepath.Clean(root))); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return OpenDir(root)
+}
+
+// makeAll makes a directory and those above it that are missing, each durable
+// in its parent.
+func makeAll(f files, dir string) error {
+	parent := filepath.Dir(dir)
+	err := f.mkdir(dir)
+	if errors.Is(err, fs.ErrNotExist) && parent != dir {
+		if err := makeAll(f, parent); err != nil {
+			return err
+		}
+		err = f.mkdir(dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return f.syncDir(parent)
 }
 
 func (d *Dir) path(name string) string { return filepath.Join(d.root, filepath.FromSlash(name)) }
@@ -68,14 +87,14 @@ func (d *Dir) Put(ctx context.Context, name string, data []byte) error {
 	if err := d.mkdir(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("put %s: %w", name, err)
 	}
-	if err := create(path, data); err != nil {
+	if err := d.create(path, data); err != nil {
 		if errors.Is(err, fs.ErrExist) {
 			err = ErrExist
 		}
 		return fmt.Errorf("put %s: %w", name, err)
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
-		return fmt.Errorf("put %s: make its name durable: %w", name, err)
+	if err := d.fs.syncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("put %s: %w: %w", name, ErrUnsynced, err)
 	}
 	return nil
 }
@@ -92,57 +111,16 @@ func (d *Dir) mkdir(dir string) error {
 	if err := d.mkdir(parent); err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := d.fs.mkdir(dir); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if err := syncDir(parent); err != nil {
+	if err := d.fs.syncDir(parent); err != nil {
 		return err
 	}
 	d.mu.Lock()
 	d.made[dir] = true
 	d.mu.Unlock()
 	return nil
-}
-
-// createNamed writes through a temporary name: for filesystems without
-// nameless files.
-func createNamed(path string, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), tmpPrefix+"*")
-	if err != nil {
-		return err
-	}
-	moved := false
-	defer func() {
-		if !moved {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-		if err == nil {
-			// At last: SMB servers remove no name of a file that is read-only.
-			_ = os.Chmod(path, 0o400)
-		}
-	}()
-	if err := fill(f, data); err != nil {
-		return err
-	}
-	err = os.Link(f.Name(), path)
-	switch {
-	case err == nil, errors.Is(err, fs.ErrExist) && linked(f.Name()):
-		return nil
-	case noLinks(err):
-		err = renameNew(f.Name(), path)
-		moved = err == nil
-	}
-	return err
-}
-
-// fill writes data, syncs and closes f.
-func fill(f *os.File, data []byte) error {
-	_, err := f.Write(data)
-	if err == nil {
-		// An error of fsync is final for this file: it is never tried again.
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
 }
 
 func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
@@ -178,46 +156,22 @@ func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error
 	return p, nil
 }
 
+// List fails when a directory that it has found cannot be read, be it that it is
+// gone: what was in it cannot be told. Symbolic links to directories are
+// followed, since packs are moved to larger disks that way.
 func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 	return func(yield func(Info, error) bool) {
 		dir, _, _ := cutLast(prefix)
-		top, none := d.path(dir), false
-		err := filepath.WalkDir(top, func(path string, e fs.DirEntry, err error) error {
-			if err != nil {
-				none = path == top && errors.Is(err, fs.ErrNotExist)
-				return err
-			}
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			rel, err := filepath.Rel(d.root, path)
-			if err != nil {
-				return err
-			}
-			name := filepath.ToSlash(rel)
-			if e.IsDir() && path != top && !listable(name) {
-				return fs.SkipDir // not of the store, and perhaps gone soon
-			}
-			if e.IsDir() || strings.HasPrefix(e.Name(), tmpPrefix) || !strings.HasPrefix(name, prefix) || CheckName(name) != nil {
-				return nil
-			}
-			fi, err := e.Info()
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil // deleted meanwhile
-			} else if err != nil {
-				return err
-			}
-			if !yield(Info{name, fi.Size()}, nil) {
-				return fs.SkipAll
-			}
-			return nil
-		})
-		if none {
+		entries, err := os.ReadDir(d.path(dir))
+		if errors.Is(err, fs.ErrNotExist) {
 			// No such directory: nothing was ever put there. But when the root
 			// itself is gone, "nothing" would be a lie.
 			if _, rootErr := os.Stat(d.root); rootErr == nil {
 				return
 			}
+		}
+		if err == nil {
+			_, err = d.list(ctx, prefix, dir, entries, yield)
 		}
 		if err != nil {
 			yield(Info{}, fmt.Errorf("list %q: %w", prefix, err))
@@ -225,8 +179,42 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 	}
 }
 
-// listable reports whether objects may lie in a directory.
-func listable(dir string) bool { return CheckName(dir+"/a") == nil }
+// list yields what is in a directory and below, until more is false.
+func (d *Dir) list(ctx context.Context, prefix, dir string, entries []fs.DirEntry, yield func(Info, error) bool) (more bool, err error) {
+	for _, e := range entries {
+		if err := ctx.Err(); err != nil {
+			return false, err
+		}
+		name := e.Name()
+		if dir != "" {
+			name = dir + "/" + name
+		}
+		if CheckName(name) != nil { // that of a temporary file among others; its length ends loops of links, too
+			continue
+		}
+		fi, err := os.Stat(d.path(name))
+		if errors.Is(err, fs.ErrNotExist) && e.Type().IsRegular() {
+			continue // deleted meanwhile
+		} else if err != nil {
+			return false, err
+		}
+		switch {
+		case fi.IsDir():
+			inner, err := os.ReadDir(d.path(name))
+			if err == nil {
+				more, err = d.list(ctx, prefix, name, inner, yield)
+			}
+			if err != nil || !more {
+				return false, err
+			}
+		case strings.HasPrefix(name, prefix):
+			if !yield(Info{name, fi.Size()}, nil) {
+				return false, nil
+			}
+		}
+	}
+	return true, nil
+}
 
 func cutLast(s string) (dir, base string, found bool) {
 	if i := strings.LastIndexByte(s, '/'); i >= 0 {
@@ -242,7 +230,7 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
-	err := removeReadOnly(d.path(name))
+	err := d.fs.remove(d.path(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("delete %s: %w", name, ErrNotExist)
 	} else if err != nil {
@@ -251,7 +239,7 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 		}
 		return fmt.Errorf("delete %s: %w", name, err)
 	}
-	return syncDir(filepath.Dir(d.path(name)))
+	return d.fs.syncDir(filepath.Dir(d.path(name)))
 }
 
 // removeReadOnly deletes a file, also where that is refused for one that is

@@ -3,34 +3,32 @@ package blob
 import (
 	"errors"
 	"os"
-	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
 )
 
-// create makes path with data, durable but for its directory entry; it fails
-// with fs.ErrExist when path exists.
-func create(path string, data []byte) error {
-	fd, err := unix.Open(filepath.Dir(path), unix.O_WRONLY|unix.O_TMPFILE|unix.O_CLOEXEC, 0o400)
+func (osFiles) nameless(dir string) (newFile, error) {
+	fd, err := unix.Open(dir, unix.O_WRONLY|unix.O_TMPFILE|unix.O_CLOEXEC, 0o400)
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.ENOENT) {
-		return createNamed(path, data)
+		return nil, errNameless
 	} else if err != nil {
-		return &os.PathError{Op: "create", Path: path, Err: err}
+		return nil, &os.PathError{Op: "create", Path: dir, Err: err}
 	}
-	f := os.NewFile(uintptr(fd), path)
-	defer f.Close()
-	if _, err := f.Write(data); err != nil {
-		return err
-	}
-	// An error of fsync is final for this file: it is never tried again.
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	// Linking through /proc needs no privilege, unlike AT_EMPTY_PATH (open(2)).
-	err = unix.Linkat(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(fd), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
+	return namelessFile{os.NewFile(uintptr(fd), dir)}, nil
+}
+
+type namelessFile struct{ f *os.File }
+
+func (n namelessFile) Write(p []byte) (int, error) { return n.f.Write(p) }
+func (n namelessFile) Sync() error                 { return n.f.Sync() }
+func (n namelessFile) Close() error                { return n.f.Close() }
+
+// link goes through /proc, which needs no privilege, unlike AT_EMPTY_PATH (open(2)).
+func (n namelessFile) link(path string) error {
+	err := unix.Linkat(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(int(n.f.Fd())), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
 	if errors.Is(err, unix.ENOENT) { // no /proc
-		return createNamed(path, data)
+		return errNameless
 	} else if err != nil {
 		return &os.LinkError{Op: "link", Old: "nameless file", New: path, Err: err}
 	}

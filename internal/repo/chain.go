@@ -92,6 +92,9 @@ type state struct {
 	// quarantined is the newest entry that put packs into quarantine, moved the
 	// newest that changed which copies count: quarantine, sweep, distrust.
 	quarantined, moved uint64
+	// mended is the newest entry that put others in the place of lost index
+	// objects. What those alone knew of is in the inventory no more.
+	mended uint64
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps.
 	gaps []string
@@ -160,6 +163,9 @@ func (s *state) skip(why error) {
 func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	switch k {
 	case kindAdd:
+		if len(c.Drops) > 0 {
+			s.mended = c.Number
+		}
 	case kindKeys:
 		if err := s.takeKeys(e); err != nil {
 			return err
@@ -408,6 +414,11 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 	if s == old {
 		return nil
 	}
+	if s.mended > old.mended {
+		if err := r.reindex(ctx, s); err != nil {
+			return err
+		}
+	}
 	r.mu.Lock()
 	r.state = s
 	r.mu.Unlock()
@@ -437,8 +448,6 @@ func (r *Repo) current() *state {
 	defer r.mu.RUnlock()
 	return r.state
 }
-
-func (r *Repo) live(index [32]byte) bool { return r.current().indexes[index] }
 
 func indexName(d [32]byte) string { return "index/" + hex.EncodeToString(d[:]) }
 
@@ -584,7 +593,7 @@ func (r *Repo) putEntry(ctx context.Context, name string, p []byte) (mine bool, 
 	defer cancel()
 	there, err := r.store.Get(ctx, name, 0, -1)
 	switch {
-	case err == nil && bytes.Equal(there, p):
+	case err == nil && bytes.Equal(there, p) && !errors.Is(putErr, blob.ErrUnsynced):
 		return true, nil
 	case err == nil && errors.Is(putErr, blob.ErrExist):
 		return false, nil

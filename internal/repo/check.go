@@ -83,6 +83,9 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.keys(ctx); err != nil {
 		return nil, err
 	}
+	if err := c.small(ctx); err != nil {
+		return nil, err
+	}
 	if err := c.indexes(ctx); err != nil {
 		return nil, err
 	}

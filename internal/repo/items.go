@@ -112,19 +112,20 @@ func (r *Repo) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 }
 
 // item reads one item and appends its content to dst, at most max bytes: from
-// any copy that opens. A copy is read twice before it is called bad. When a
-// prune has moved it since the chain was last read, the new copy is found.
+// any copy that opens. A copy is read twice before it is called bad. As often as
+// a prune has moved it since the chain was last read, the new copy is found.
 // The caller does not hold refreshing.
 func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
-	moved, n := r.current().moved, len(dst)
-	dst, err := r.itemKnown(ctx, dst, id, max)
-	if !errors.Is(err, ErrDamaged) {
-		return dst, err
+	for n := len(dst); ; {
+		moved := r.current().moved
+		var err error
+		if dst, err = r.itemKnown(ctx, dst[:n], id, max); !errors.Is(err, ErrDamaged) {
+			return dst, err
+		}
+		if r.refresh(ctx) != nil || r.current().moved == moved {
+			return dst, err
+		}
 	}
-	if r.refresh(ctx) != nil || r.current().moved == moved {
-		return dst, err
-	}
-	return r.itemKnown(ctx, dst[:n], id, max)
 }
 
 // itemKnown reads an item from where it was when the chain was last read.

@@ -182,7 +182,12 @@ func (k *keyless) keys(ctx context.Context) error {
 		}
 		mine := 0
 		for _, name := range names {
-			_, err := getDocument(ctx, k.store, name, w.magic, k.id)
+			var err error
+			if w.magic == seal.Slot {
+				_, err = getSlot(ctx, k.store, name, k.id)
+			} else {
+				_, err = getDocument(ctx, k.store, name, w.magic, k.id)
+			}
 			switch {
 			case err == nil:
 				mine++

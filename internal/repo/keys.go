@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -108,7 +109,8 @@ func (r *Repo) learn(ctx context.Context) error {
 // rings are the keyrings of a repository, the newest first.
 type rings struct {
 	list   []ringDoc
-	damage error // of those that cannot be read
+	damage error            // of those that cannot be read, the last
+	bad    map[string]error // all of them, by name
 }
 
 type ringDoc struct {
@@ -135,7 +137,7 @@ func readRings(ctx context.Context, s blob.Store, id [16]byte) (rings, error) {
 	if err != nil {
 		return rings{}, err
 	}
-	r := rings{damage: fmt.Errorf("keyring: %w: missing", ErrDamaged)}
+	r := rings{damage: fmt.Errorf("keyring: %w: missing", ErrDamaged), bad: map[string]error{}}
 	for _, name := range slices.Backward(names) {
 		raw, err := getDocument(ctx, s, name, seal.Keyring, id)
 		var n int
@@ -148,6 +150,7 @@ func readRings(ctx context.Context, s blob.Store, id [16]byte) (rings, error) {
 		case errors.Is(err, seal.ErrForeign), errors.Is(err, blob.ErrNotExist):
 		case errors.Is(err, ErrDamaged), errors.Is(err, ErrVersion):
 			r.damage = err
+			r.bad[name] = err
 		default:
 			return rings{}, err
 		}
@@ -216,7 +219,7 @@ func readSlots(ctx context.Context, s blob.Store, id [16]byte) ([]slotDoc, error
 	var slots []slotDoc
 	for _, name := range names {
 		k := slotDoc{id: strings.TrimPrefix(name, "keys/")}
-		k.raw, k.err = getDocument(ctx, s, name, seal.Slot, id)
+		k.raw, k.err = getSlot(ctx, s, name, id)
 		if k.err == nil {
 			if err := seal.Unmarshal(k.raw.Clear, &k.kdf); err != nil {
 				k = slotDoc{id: k.id, err: fmt.Errorf("%s: %w", name, err)}
@@ -370,12 +373,43 @@ func putSlot(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, s
 	rand.Read(kdf.Salt)
 	kdf.Created = time.Now().UTC()
 	kdf.RootID = root.RootID()
-	id := RandomID()[:16]
 	kek, err := kdf.Key(secret)
 	if err != nil {
-		return id, err
+		return "", err
 	}
-	return id, putSealed(ctx, s, slotName(id), seal.NewHeader(seal.Slot, 0, 0, repo), kdf, root[:], &kek, "slot")
+	p, err := sealed(seal.NewHeader(seal.Slot, slotByDigest, 0, repo), kdf, root[:], &kek, "slot")
+	if err != nil {
+		return "", err
+	}
+	id := slotDigest(p)
+	return id, s.Put(ctx, slotName(id), p)
+}
+
+// slotByDigest is the kind of slots that are named by their bytes, so that
+// damage shows to those as well who have not the passphrase.
+const slotByDigest = 1
+
+func slotDigest(p []byte) string {
+	sum := sha256.Sum256(p)
+	return hex.EncodeToString(sum[:8])
+}
+
+// getSlot reads a slot and proves what can be proved without its passphrase.
+func getSlot(ctx context.Context, s blob.Store, name string, id [16]byte) (*seal.Raw, error) {
+	p, err := s.Get(ctx, name, 0, -1)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := seal.Parse(p, seal.Slot)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w", name, err)
+	case raw.Header.Repo != id:
+		return nil, fmt.Errorf("%s: %w", name, seal.ErrForeign)
+	case raw.Header.Kind == slotByDigest && name != slotName(slotDigest(p)):
+		return nil, fmt.Errorf("%s: %w: its bytes are not what its name says", name, ErrDamaged)
+	}
+	return raw, nil
 }
 
 // takeKeys notes what an entry says of the keys.
@@ -404,6 +438,22 @@ func (c *checker) keys(ctx context.Context) error {
 		c.problem(Problem{Object: ringName(c.r.id, known), What: "missing or damaged: what was stored since it was made cannot be read; put it back with \"holdfast key import\", or from a copy of the repository"})
 	} else if rings.damage != nil && len(rings.list) == 0 {
 		c.problem(Problem{Object: "keyring", What: rings.damage.Error()})
+	}
+	for name, err := range rings.bad {
+		if name != ringName(c.r.id, c.r.current().keyring) {
+			c.problem(Problem{Object: name, What: err.Error()})
+		}
+	}
+	u := c.r.ring.now.Load()
+	for _, d := range rings.list { // the older ones, too: whoever puts back a lost keyring goes on from them
+		var clear ringClear
+		err := seal.Unmarshal(d.raw.Clear, &clear)
+		if err == nil && clear.Root == u.generation {
+			_, err = d.raw.Open(u.root, "keyring")
+		}
+		if err != nil {
+			c.problem(Problem{Object: d.name, What: err.Error() + "; put it back with \"holdfast key import\", or from a copy of the repository"})
+		}
 	}
 	slots, err := readSlots(ctx, c.r.store, c.r.id)
 	if err != nil {

@@ -425,19 +425,19 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
 	}
-	pinned := map[PointID]bool{}
+	pinned := map[PointID]string{} // and by whom
 	for _, name := range names {
 		id, err := m.r.readPin(ctx, name)
+		session, _, _ := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
 		if errors.Is(err, blob.ErrNotExist) {
 			continue
 		} else if err != nil {
-			session, _, _ := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
 			return refuse("%w; when its session is gone for certain: holdfast unpin %s --force", err, session)
 		}
-		pinned[id] = true
+		pinned[id] = session
 	}
 	m.pinned = 0
-	for id := range pinned {
+	for id, session := range pinned {
 		if _, live := s.points[id]; live {
 			continue
 		}
@@ -448,7 +448,7 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 		}
 		m.pinned++
 		if err := m.point(ctx, &p); err != nil {
-			return fmt.Errorf("the point is forgotten, but pinned: %w", err)
+			return fmt.Errorf("the point is forgotten, but pinned: %w; when its session is gone for certain: holdfast unpin %s --force", err, session)
 		}
 	}
 	return nil

@@ -17,7 +17,6 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/codec"
-	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -164,9 +163,11 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 			return nil, err
 		}
 	}
-	if r.index, err = index.Open(filepath.Join(r.cache, "index"), r.live); err != nil {
+	x, err := r.openIndex(r.state)
+	if err != nil {
 		return nil, err
 	}
+	r.index.set(x)
 	if err := r.refresh(ctx); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}

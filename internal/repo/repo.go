@@ -142,7 +142,7 @@ type Repo struct {
 	found       []index.Pack      // what packs that no index object lists hold; nil before a scan
 	drop        map[[32]byte]bool // the lost index objects
 
-	index   *index.Index
+	index   liveIndex
 	openers openerCache
 	nodes   lru[pack.ID, *tree.Node]
 	chunks  lru[pack.ID, []byte]

@@ -16,7 +16,7 @@ var ErrPruned = errors.New("a prune took away what this run had found present")
 var errMoved = errors.New("the chain has moved on")
 
 // errUnverified: a quarantine came between; look at every item again.
-var errUnverified = errors.New("not verified since the last quarantine")
+var errUnverified = errors.New("not verified since copies were taken away")
 
 // mayCommit refuses once the lease is over, and as long as it is not certain
 // that every item of the point has a copy outside the quarantine. Certain is:
@@ -29,6 +29,9 @@ func (run *Run) mayCommit(s *state) error {
 	}
 	run.mu.Lock()
 	defer run.mu.Unlock()
+	if s.mended > max(run.verified, run.began) {
+		return errUnverified // what was found present may have been lost with an index object
+	}
 	if s.quarantined <= run.verified {
 		return nil
 	}
@@ -115,7 +118,7 @@ func (run *Run) verify(ctx context.Context, p *Point) error {
 			return ErrPruned // a pruner took this run for dead
 		}
 	}
-	run.verified = s.quarantined
+	run.verified = max(s.quarantined, s.mended)
 	return nil
 }
 

@@ -65,7 +65,8 @@ type Run struct {
 	uses        map[[32]byte]bool      // packs on which the point will rest
 	disks       []*packer              // of disks, finished or not
 	bases       []Root                 // maps that disks began as copies of
-	verified    uint64                 // up to that quarantine all was found present
+	verified    uint64                 // up to that entry all was found present
+	began       uint64                 // the newest entry when the run began
 
 	committed bool
 }
@@ -104,6 +105,7 @@ func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
 	if err != nil {
 		return nil, errors.Join(err, run.Close())
 	}
+	run.began = r.current().head
 	run.beats.Go(run.beat)
 	return run, nil
 }
@@ -321,7 +323,8 @@ func (run *Run) Flush(ctx context.Context) error {
 
 // Commit makes the point visible, with all disks that were finished. It sets
 // the point's ID, NewBytes and StoredBytes. When it fails with anything but
-// ErrRevoked, the store was asked and the point does not exist.
+// ErrRevoked or blob.ErrUnsynced, the store was asked and the point does not
+// exist.
 func (run *Run) Commit(ctx context.Context, p *Point) error {
 	p.ID = PointID(RandomID())
 	return run.commit(ctx, p, run.mayCommit)

@@ -202,8 +202,11 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 	if err == nil {
 		k, err = r.readBack(ctx, id, u, c)
 	}
-	if err != nil { // a Put that failed may have done its work
-		return Slot{}, errors.Join(err, r.forget(context.WithoutCancel(ctx), slotName(id)))
+	if err != nil {
+		if id != "" { // a Put that failed may have done its work
+			err = errors.Join(err, r.forget(context.WithoutCancel(ctx), slotName(id)))
+		}
+		return Slot{}, err
 	}
 	return r.slot(u, k), nil
 }
@@ -212,7 +215,7 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 func (r *Repo) readBack(ctx context.Context, id string, u *unlocked, c *credential) (slotDoc, error) {
 	k := slotDoc{id: id}
 	var err error
-	if k.raw, err = getDocument(ctx, r.store, slotName(id), seal.Slot, r.id); err != nil {
+	if k.raw, err = getSlot(ctx, r.store, slotName(id), r.id); err != nil {
 		return k, err
 	}
 	if err := seal.Unmarshal(k.raw.Clear, &k.kdf); err != nil {
