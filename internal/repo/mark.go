@@ -44,6 +44,7 @@ type marker struct {
 	packs  map[[32]byte]*packMark
 	read   map[[32]byte]bool // index objects in packs
 	points map[PointID]bool  // walked
+	pins   map[PointID]bool  // named by pins
 	pinned int               // forgotten points that are pinned
 	notes  map[string]bool
 
@@ -167,7 +168,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 			}
 		}
 	}
-	return m.pins(ctx, s)
+	return m.readPins(ctx, s)
 }
 
 // open lists open leases but the own, which must be listed: else the listing
@@ -418,9 +419,9 @@ func (m *marker) newer(a, b *index.Place) bool {
 	return bytes.Compare(a.Pack[:], b.Pack[:]) > 0
 }
 
-// pins walks the points that are forgotten and pinned. It lists the pins after
+// readPins walks the points that are forgotten and pinned. It lists the pins after
 // the chain was read: who pins a point looks for it in the chain after.
-func (m *marker) pins(ctx context.Context, s *state) error {
+func (m *marker) readPins(ctx context.Context, s *state) error {
 	names, err := listNames(ctx, m.r.store, "pins/")
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
@@ -436,7 +437,7 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 		}
 		pinned[id] = true
 	}
-	m.pinned = 0
+	m.pins, m.pinned = pinned, 0
 	for id := range pinned {
 		if _, live := s.points[id]; live {
 			continue
@@ -444,6 +445,10 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 		p, known := s.forgotten[id]
 		if !known {
 			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
+			continue
+		}
+		if p.ID == "" {
+			m.notes[fmt.Sprintf("a pin names point %s, which was forgotten before: its session has not got it", id)] = true
 			continue
 		}
 		m.pinned++

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
@@ -19,17 +18,21 @@ func (r *Repo) Damage() []string {
 	s := r.current()
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	return slices.Concat(s.gaps, r.lostIndexes)
+	var damage []string
+	for _, g := range s.gaps {
+		damage = append(damage, g.text)
+	}
+	return append(damage, r.lostIndexes...)
 }
 
-// readIndexes takes in the index objects that the cache does not have. One that
+// readIndexes takes the index objects that the cache x does not have into it. One that
 // is lost is made up for from the packs themselves, in the cache alone; the
 // next run stores the result in its place.
-func (r *Repo) readIndexes(ctx context.Context, s *state) error {
+func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error {
 	var lost []string
 	drop := map[[32]byte]bool{}
 	for d := range s.indexes {
-		if r.index.Has(d) {
+		if x.Has(d) {
 			continue
 		}
 		packs, err := r.readIndex(ctx, d)
@@ -39,7 +42,7 @@ func (r *Repo) readIndexes(ctx context.Context, s *state) error {
 		} else if err != nil {
 			return err
 		}
-		if err := r.index.Add(d, packs); err != nil {
+		if err := x.Add(d, packs); err != nil {
 			return err
 		}
 	}
@@ -55,7 +58,7 @@ func (r *Repo) readIndexes(ctx context.Context, s *state) error {
 	if _, err := r.store.Get(ctx, entryName(s.head+1), 0, -1); err == nil {
 		return errMoved
 	}
-	if _, err := r.makeUp(ctx, s, drop); err != nil {
+	if _, err := r.makeUp(ctx, s, drop, x); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -66,12 +69,12 @@ func (r *Repo) readIndexes(ctx context.Context, s *state) error {
 
 // makeUp takes into the cache what the packs that no sound index object lists
 // hold, and keeps it for mend.
-func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool) ([]index.Pack, error) {
+func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool, x *index.Index) ([]index.Pack, error) {
 	found, err := r.scan(ctx, s, lost)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.index.Add([32]byte{}, found); err != nil {
+	if err := x.Add([32]byte{}, found); err != nil {
 		return nil, err
 	}
 	r.mu.Lock()

@@ -154,8 +154,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.deriveIDs()
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
-	r.state = newState(sha256.Sum256(p))
-	r.state.time = c.Created
+	r.config, r.created = sha256.Sum256(p), c.Created
 	if err := r.load(ctx); err != nil {
 		return nil, err
 	}

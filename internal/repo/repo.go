@@ -124,6 +124,9 @@ type Repo struct {
 	ring  liveRing
 	cache string // directory of this repository's cache
 
+	config  [32]byte  // SHA-256 of the object of that name
+	created time.Time // as it says
+
 	compressor codec.Compressor // of new chunks
 
 	chunkIDs, nodeIDs sync.Pool // hash.Hash, keyed

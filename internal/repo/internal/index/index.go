@@ -296,6 +296,17 @@ func (c *cursor) next() error {
 	return nil
 }
 
+// Replace takes over y's segments in the place of its own, in one step for
+// lookups beside it. y is not to be used any more.
+func (x *Index) Replace(y *Index) {
+	x.adding.Lock()
+	defer x.adding.Unlock()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.retired = append(append(x.retired, x.segments...), y.retired...)
+	x.segments = y.segments
+}
+
 // Items is how many items the index holds, copies counted.
 func (x *Index) Items() int64 {
 	x.mu.RLock()
