@@ -19,19 +19,19 @@ import (
 // through the fields. adds are the entry's, in their order.
 func (s *state) parts(adds []seal.Hex) map[string]any {
 	return map[string]any{
-		"points":      via[[]Point]{s.living, s.setLiving},
+		"points":      &via[[]Point]{s.living, s.setLiving},
 		"keep":        &s.keep,
-		"forgotten":   via[[]PointID]{s.gone, s.setGone},
-		"pinned":      via[[]Point]{s.pinned, s.setPinned},
-		"added":       via[[]addedPart]{func() []addedPart { return s.addedBy(adds) }, func(p []addedPart) error { return s.setAdded(adds, p) }},
-		"quarantine":  via[map[string]uint64]{s.quarantineHex, s.setQuarantine},
-		"distrust":    via[[]badItem]{s.badItems, s.setBad},
+		"forgotten":   &via[[]PointID]{s.gone, s.setGone},
+		"pinned":      &via[[]Point]{s.pinned, s.setPinned},
+		"added":       &via[[]addedPart]{func() []addedPart { return s.addedBy(adds) }, func(p []addedPart) error { return s.setAdded(adds, p) }},
+		"quarantine":  &via[map[string]uint64]{s.quarantineHex, s.setQuarantine},
+		"distrust":    &via[[]badItem]{s.badItems, s.setBad},
 		"over":        &s.over,
 		"keyring":     &s.keyring,
-		"removed":     via[[]string]{func() []string { return slices.Sorted(maps.Keys(s.removed)) }, s.setRemoved},
+		"removed":     &via[[]string]{func() []string { return slices.Sorted(maps.Keys(s.removed)) }, s.setRemoved},
 		"quarantined": &s.quarantined,
 		"moved":       &s.moved,
-		"before":      via[uint64]{func() uint64 { return s.checkpoint }, func(n uint64) error { s.older = n; return nil }},
+		"before":      &via[uint64]{func() uint64 { return s.checkpoint }, func(n uint64) error { s.older = n; return nil }},
 	}
 }
 
@@ -41,9 +41,9 @@ type via[T any] struct {
 	set func(T) error
 }
 
-func (v via[T]) MarshalJSON() ([]byte, error) { return json.Marshal(v.get()) }
+func (v *via[T]) MarshalJSON() ([]byte, error) { return json.Marshal(v.get()) }
 
-func (v via[T]) UnmarshalJSON(p []byte) error {
+func (v *via[T]) UnmarshalJSON(p []byte) error {
 	var t T
 	if err := json.Unmarshal(p, &t); err != nil {
 		return err

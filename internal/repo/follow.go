@@ -53,12 +53,10 @@ func (s *state) miss(last uint64) {
 	if last <= s.head {
 		return
 	}
-	text := fmt.Sprintf("%s: %v: missing", entryName(s.head+1), ErrDamaged)
-	if last > s.head+1 {
-		text += ", and all up to " + entryName(last)
-	}
+	g := absent(s.head+1, last)
+	g.text += fmt.Sprintf(": %v: missing", ErrDamaged)
 	s.head, s.unknown = last, true
-	s.gaps = append(s.gaps, gap{last, true, text})
+	s.gaps = append(s.gaps, g)
 }
 
 // entryNumbers lists the entries that are in the store, ascending.

@@ -346,14 +346,14 @@ func TestPruneHistory(t *testing.T) {
 				}
 			}
 		case k < 9:
-			if report, err := r.Prune(ctx, unwatched); err != nil || len(report.Lost) > 0 {
+			if report, err := r.Prune(ctx, often(1+rng.Uint64N(40))); err != nil || len(report.Lost) > 0 {
 				t.Fatalf("prune: %v, %+v", err, report)
 			}
 		default: // a crash in the middle of a prune or a run
 			faulty := &blobtest.Faulty{Inner: store, At: 1 + rng.IntN(120), Fault: blobtest.Fault(rng.IntN(2)), Cut: true}
 			if r := open(t, faulty); r != nil {
 				if rng.IntN(2) == 0 {
-					r.Prune(ctx, unwatched)
+					r.Prune(ctx, often(8))
 				} else if run, err := r.Begin(ctx, RandomID()); err == nil {
 					content := image()
 					if p, err := saveIn(run, "vm", content, nil, nil); err == nil {
