@@ -31,6 +31,7 @@ var advice = []struct {
 	{repo.ErrVersion, "", "use the newer Holdfast that wrote it"},
 	{repo.ErrRolledBack, "", "put the newer state back, or find out who restored an old copy; nothing was changed"},
 	{repo.ErrRevoked, "", "run it again"},
+	{repo.ErrLeftBehind, "", "run it again; nothing was lost"},
 	{repo.ErrDamaged, "put ", "\"holdfast check --read-data\" lists what is damaged; other restore points may be whole"},
 	{state.ErrVersion, "", "use the newer Holdfast that wrote it"},
 	{state.ErrDamaged, "", "move the file away if the session is not needed any more"},

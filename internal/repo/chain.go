@@ -74,7 +74,7 @@ type state struct {
 	digest     [32]byte // of entry head, or of config
 	points     map[PointID]Point
 	order      []PointID
-	forgotten  map[PointID]Point   // a pin may still keep their data
+	forgotten  map[PointID]*Point  // nil for one that no pin can name any more
 	keep       map[PointID]Until   // marked to stay
 	indexes    map[[32]byte]bool   // live index objects
 	added      map[[32]byte]adding // by what entry, of each of those
@@ -109,7 +109,7 @@ type adding struct {
 }
 
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]Point{}, keep: map[PointID]Until{},
+	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]*Point{}, keep: map[PointID]Until{},
 		indexes: map[[32]byte]bool{}, added: map[[32]byte]adding{},
 		over: map[string]kind{}, quarantine: map[[32]byte]uint64{}, bad: map[badKey]bool{}, removed: map[string]bool{}}
 }
@@ -179,7 +179,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	case kindForget:
 		for _, id := range e.Points {
 			if p, ok := s.points[id]; ok {
-				s.forgotten[id] = p
+				s.forgotten[id] = &p
 				delete(s.points, id)
 			}
 		}

@@ -134,8 +134,8 @@ func (s *state) agrees(c *state) error {
 		}
 	}
 	for id := range s.forgotten {
-		if there, ok := c.forgotten[id]; ok && there.ID == "" {
-			b.forgotten[id] = Point{}
+		if there, ok := c.forgotten[id]; ok && there == nil {
+			b.forgotten[id] = nil
 		}
 	}
 	b.checkpoint, b.older = c.checkpoint, s.checkpoint
@@ -200,7 +200,7 @@ func (s *state) gone() []PointID { return slices.Sorted(maps.Keys(s.forgotten)) 
 func (s *state) setGone(ids []PointID) error {
 	for _, id := range ids {
 		if _, known := s.forgotten[id]; !known { // pinned ones may have come first
-			s.forgotten[id] = Point{}
+			s.forgotten[id] = nil
 		}
 	}
 	return nil
@@ -210,8 +210,8 @@ func (s *state) setGone(ids []PointID) error {
 func (s *state) pinned() []Point {
 	points := []Point{}
 	for _, p := range s.forgotten {
-		if p.ID != "" {
-			points = append(points, p)
+		if p != nil {
+			points = append(points, *p)
 		}
 	}
 	slices.SortFunc(points, func(a, b Point) int { return strings.Compare(string(a.ID), string(b.ID)) })
@@ -220,7 +220,7 @@ func (s *state) pinned() []Point {
 
 func (s *state) setPinned(points []Point) error {
 	for _, p := range points {
-		s.forgotten[p.ID] = p
+		s.forgotten[p.ID] = &p
 	}
 	return nil
 }

@@ -51,7 +51,7 @@ func TestCheckpointCarriesAll(t *testing.T) {
 		}
 		for id, p := range s.forgotten {
 			if p.ID, p.Keep = id, ""; rng.IntN(2) == 0 {
-				p = Point{}
+				p = nil
 			}
 			s.forgotten[id] = p
 		}
@@ -241,13 +241,13 @@ func TestCheckpointHistory(t *testing.T) {
 			}
 		case k < 15 && len(all) > 0: // a forgotten point comes back by a copy
 			id := all[rng.IntN(len(all))]
-			if p, ok := r.current().forgotten[id]; ok && p.ID != "" {
-				e := entrySealed{Point: &p}
+			if p, ok := r.current().forgotten[id]; ok && p != nil {
+				e := entrySealed{Point: p}
 				if err := r.append(ctx, kindCommit, entryClear{Lease: RandomID()}, e, func(*state) error { return nil }); err != nil {
 					t.Fatal(err)
 				}
 				ids = append(ids, id)
-				if _, err := r.OpenDisk(ctx, p.Disks[0]); err != nil || differs(r, &p, model[id]) != nil {
+				if _, err := r.OpenDisk(ctx, p.Disks[0]); err != nil || differs(r, p, model[id]) != nil {
 					forget(t, r, id) // its data was pruned before
 					ids = ids[:len(ids)-1]
 				}

@@ -447,12 +447,12 @@ func (m *marker) readPins(ctx context.Context, s *state) error {
 			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
 			continue
 		}
-		if p.ID == "" {
+		if p == nil {
 			m.notes[fmt.Sprintf("a pin names point %s, which was forgotten before: its session has not got it", id)] = true
 			continue
 		}
 		m.pinned++
-		if err := m.point(ctx, &p); err != nil {
+		if err := m.point(ctx, p); err != nil {
 			return fmt.Errorf("the point is forgotten, but pinned: %w", err)
 		}
 	}

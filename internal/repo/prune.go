@@ -37,7 +37,7 @@ type PruneOptions struct {
 	// negative does not watch at all.
 	Watch time.Duration
 	// Report is told what is being done and how far it is. done and total are
-	// bytes for "copy", else counts.
+	// bytes for "copy", else counts; "entries" are of the chain, being deleted.
 	Report func(step string, done, total int64)
 
 	checkpointEvery uint64 // for tests; 0 is checkpointEvery
@@ -75,7 +75,7 @@ type PruneReport struct {
 	// written, RemovedEntries how many need not be read any more and were
 	// deleted.
 	Checkpoint     uint64 `json:"checkpoint,omitempty"`
-	RemovedEntries int    `json:"removed_entries"`
+	RemovedEntries int    `json:"removed_entries,omitempty"`
 
 	// Lost are points of which chunks have no copy: prune cannot help them,
 	// and did not harm them.

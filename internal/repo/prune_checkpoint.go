@@ -113,7 +113,7 @@ func (p *pruner) abridged(ctx context.Context) (*state, error) {
 	}
 	for id := range p.m.state.forgotten {
 		if !p.m.pins[id] {
-			a.forgotten[id] = Point{}
+			a.forgotten[id] = nil
 		}
 	}
 	return a, nil
@@ -145,8 +145,22 @@ func (p *pruner) dropEntries(ctx context.Context, written bool) error {
 
 // proveChain reads the entries from the chain's start on from the store, and
 // compares the state that they give with s. It fails with errMoved when
-// another prune has deleted some of them.
+// another prune has made the chain begin elsewhere since.
 func (r *Repo) proveChain(ctx context.Context, s *state, numbers []uint64) error {
+	err := r.prove(ctx, s, numbers)
+	if err == nil {
+		return nil
+	}
+	if err := r.refresh(ctx); err != nil {
+		return err
+	}
+	if r.current().checkpoint != s.checkpoint {
+		return errMoved
+	}
+	return fmt.Errorf("%w; no entry was deleted; run check", err)
+}
+
+func (r *Repo) prove(ctx context.Context, s *state, numbers []uint64) error {
 	start := s.older
 	if start == 0 { // a first checkpoint: what is before it says nothing about it
 		start = s.checkpoint
@@ -157,26 +171,17 @@ func (r *Repo) proveChain(ctx context.Context, s *state, numbers []uint64) error
 	}
 	numbers = slices.DeleteFunc(slices.Clone(numbers[from:]), func(n uint64) bool { return n > s.head })
 	back := r.begin()
-	back.head, back.unknown = numbers[0]-1, true
+	back.head, back.unknown = start-1, true
 	back.proving = true
-	vanished, err := r.follow(ctx, back, numbers, nil)
-	if err != nil {
+	if _, err := r.follow(ctx, back, numbers, nil); err != nil {
 		return err
 	}
-	if vanished {
-		if err := r.refresh(ctx); err != nil {
-			return err
-		}
-		if r.current().checkpoint != s.checkpoint {
-			return errMoved
-		}
-	}
 	if gaps := slices.Concat(back.healed, back.gaps); len(gaps) > 0 {
-		return fmt.Errorf("what was read back from the store is not what is known, and no entry was deleted: %s; run check", gaps[0])
+		return fmt.Errorf("what was read back from the store is not what is known: %s", gaps[0])
 	}
 	what, err := back.differs(s)
 	if err == nil && (what != "" || back.head != s.head || back.digest != s.digest) {
-		err = fmt.Errorf("the chain as read back from the store has other %s than are known, and no entry was deleted; run check", what)
+		err = fmt.Errorf("%w: the chain as read back from the store does not say what is known (%s)", ErrDamaged, what)
 	}
 	return err
 }
