@@ -756,3 +756,51 @@ func TestCheckpointIndependentReader(t *testing.T) {
 	damageFile(t, filepath.Join(dir, entryName(r.current().older)), 100)
 	verify("the first checkpoint damaged", false)
 }
+
+// A checkpoint leaves out what matters to nobody any more, and nothing else.
+func TestCheckpointAbridged(t *testing.T) {
+	store := new(blob.Mem)
+	r := create(t, store)
+	must := func(name string) {
+		if err := store.Put(ctx, name, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	must("leases/aa")
+	must("leases/bb.000000000001")
+	s := newState([32]byte{})
+	s.head = 100
+	s.over = map[string]kind{"aa": kindCommit, "bb": kindCommit, "cc": kindCommit, "dd": kindRevoke}
+	inStore, inIndex, gone, waited := [32]byte{1}, [32]byte{2}, [32]byte{3}, [32]byte{4}
+	s.quarantine = map[[32]byte]uint64{inStore: 10, inIndex: 10, gone: 10, waited: 60}
+	for name := range s.quarantine {
+		s.bad[badKey{pack: name}] = true
+	}
+	s.forgotten = map[PointID]*Point{"pinned": {ID: "pinned"}, "free": {ID: "free"}}
+	p := &pruner{r: r, m: &marker{r: r, state: s, pins: map[PointID]bool{"pinned": true},
+		there: map[[32]byte]int64{inStore: 1}, packs: map[[32]byte]*packMark{inIndex: {}},
+		after: map[string]Lease{"ee": {Chain: 50}, "ff": {Chain: 70}}}}
+	a, err := p.abridged(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]any{
+		"over":       map[string]kind{"aa": kindCommit, "bb": kindCommit, "dd": kindRevoke},
+		"quarantine": map[[32]byte]uint64{inStore: 10, inIndex: 10, waited: 60},
+		"bad":        map[badKey]bool{{pack: inStore}: true, {pack: inIndex}: true},
+		"forgotten":  map[PointID]*Point{"pinned": {ID: "pinned"}, "free": nil},
+	}
+	eachField(a, func(name string, v reflect.Value) {
+		if want[name] != nil && !reflect.DeepEqual(v.Interface(), want[name]) {
+			t.Errorf("%s: %v, want %v", name, v.Interface(), want[name])
+		}
+	})
+	a.checkpoint, a.older = 101, s.checkpoint
+	if err := s.agrees(a); err != nil {
+		t.Error(err)
+	}
+	delete(a.over, "dd")
+	if err := s.agrees(a); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a revoked lease left out: %v", err)
+	}
+}
