@@ -168,7 +168,7 @@ func (c *checker) chain(ctx context.Context) error {
 		c.problem(Problem{Object: "chain", What: "its " + what + " are not what they were when it was read first; open the repository anew"})
 	}
 	for _, g := range s.healed {
-		if !g.missing || g.last >= s.older {
+		if g.last >= s.older { // what is before it is not read any more
 			c.problem(Problem{Object: "chain", What: g.text + "; nothing is lost by that: the checkpoint behind it has what it said"})
 		}
 	}

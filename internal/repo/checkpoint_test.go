@@ -382,6 +382,23 @@ func TestCheckpointDamage(t *testing.T) {
 	}
 }
 
+// No entry is deleted when the chain, as it is in the store, would not give the
+// state without it, though the process knows better.
+func TestCheckpointProved(t *testing.T) {
+	store, r, _ := checkpointed(t)
+	n := r.current().checkpoint
+	store.Damage(entryName(n), func(p []byte) []byte { p[len(p)-70] ^= 1; return p })
+	mustSave(t, r, "a", random(1, 1))
+	before, _ := entryNumbers(ctx, store)
+	if _, err := r.Prune(ctx, often(2)); err == nil {
+		t.Error("prune said nothing")
+	}
+	after, _ := entryNumbers(ctx, store)
+	if len(after) <= len(before) || after[0] != before[0] {
+		t.Errorf("entries from %d to %d, were from %d to %d", after[0], after[len(after)-1], before[0], before[len(before)-1])
+	}
+}
+
 // A checkpoint that does not tell what the entries before it tell is damage to
 // whoever has read those, and no entry is deleted for it.
 func TestCheckpointWrong(t *testing.T) {
@@ -448,6 +465,10 @@ func TestLeftBehind(t *testing.T) {
 	}
 	if _, err := store.Get(ctx, slow.name, 0, -1); !errors.Is(err, blob.ErrNotExist) {
 		t.Errorf("%s, which is void: %v", slow.name, err)
+	}
+	// Another such writer died before it could take its entry away.
+	if err := store.Put(ctx, entryName(away.current().head), bytes.Repeat([]byte("x"), 300)); err != nil {
+		t.Fatal(err)
 	}
 	for what, r := range map[string]*Repo{"away": away, "empty": empty, "writer": writer} {
 		have := points(t, r)

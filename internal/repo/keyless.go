@@ -107,7 +107,7 @@ func (k *keyless) chain(ctx context.Context) error {
 		}
 	}
 	next, previous, start := uint64(1), k.config[:], uint64(0)
-	var missing []gap
+	var gaps []gap // told when it is known where the chain begins
 	for e, err := range fetch(ctx, k.store, numbers) {
 		if err != nil {
 			return err
@@ -115,15 +115,15 @@ func (k *keyless) chain(ctx context.Context) error {
 		n, name := e.number, entryName(e.number)
 		if n > next {
 			previous = nil
-			missing = append(missing, absent(next, n-1))
+			gaps = append(gaps, absent(next, n-1))
 		}
 		if e.data == nil { // it was listed
-			missing, next, previous = append(missing, absent(n, n)), n+1, nil
+			gaps, next, previous = append(gaps, absent(n, n)), n+1, nil
 			continue
 		}
 		c, kind, err := parseEntry(e.data, n, k.id, k.pub)
 		if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
-			k.problem(name, err.Error())
+			gaps = append(gaps, gap{n, false, err.Error()})
 			next, previous, k.report.Entries = n+1, nil, n
 			continue
 		} else if err != nil {
@@ -140,9 +140,13 @@ func (k *keyless) chain(ctx context.Context) error {
 		next, previous, start = n+1, sum[:], max(start, c.Start)
 		k.report.Entries = n
 	}
-	for _, g := range missing {
-		if g.last >= start {
+	for _, g := range gaps {
+		switch {
+		case g.last < start:
+		case g.missing:
 			k.problem(g.text, "missing")
+		default:
+			k.problem(entryName(g.last), g.text)
 		}
 	}
 	return nil
