@@ -247,7 +247,7 @@ func TestCheckpointHistory(t *testing.T) {
 					t.Fatal(err)
 				}
 				ids = append(ids, id)
-				if _, err := r.OpenDisk(ctx, p.Disks[0]); err != nil || differs(r, p, model[id]) != nil {
+				if differs(reopen(t, store), p, model[id]) != nil {
 					forget(t, r, id) // its data was pruned before
 					ids = ids[:len(ids)-1]
 				}
