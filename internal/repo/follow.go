@@ -449,6 +449,5 @@ func (r *Repo) takeIndexes(ctx context.Context, old, s *state) error {
 	if err := r.readIndexes(ctx, s, x); err != nil {
 		return errors.Join(err, x.Close())
 	}
-	r.index.Replace(x)
-	return nil
+	return r.index.Replace(x)
 }

@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
@@ -29,22 +33,9 @@ func (r *Repo) Damage() []string {
 // is lost is made up for from the packs themselves, in the cache alone; the
 // next run stores the result in its place.
 func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error {
-	var lost []string
-	drop := map[[32]byte]bool{}
-	for d := range s.indexes {
-		if x.Has(d) {
-			continue
-		}
-		packs, err := r.readIndex(ctx, d)
-		if errors.Is(err, ErrDamaged) {
-			lost, drop[d] = append(lost, err.Error()), true
-			continue
-		} else if err != nil {
-			return err
-		}
-		if err := x.Add(d, packs); err != nil {
-			return err
-		}
+	lost, drop, err := r.fillIndex(ctx, s, x)
+	if err != nil {
+		return err
 	}
 	if len(lost) == 0 && len(s.gaps) == 0 {
 		return nil
@@ -65,6 +56,71 @@ func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error 
 	defer r.mu.Unlock()
 	r.lostIndexes = lost
 	return nil
+}
+
+const (
+	// indexReaders is how many index objects are read at once, indexBytes how
+	// many of their bytes: in memory each takes some five times its size.
+	indexReaders = 32
+	indexBytes   = 24 << 20
+)
+
+// fillIndex takes the index objects that x does not have into it, all in one
+// step, and tells which are lost, and why.
+func (r *Repo) fillIndex(ctx context.Context, s *state, x *index.Index) (why []string, lost map[[32]byte]bool, err error) {
+	lost = map[[32]byte]bool{}
+	var missing [][32]byte
+	for d := range s.indexes {
+		if !x.Has(d) {
+			missing = append(missing, d)
+		}
+	}
+	if len(missing) == 0 {
+		return nil, lost, nil
+	}
+	sizes := map[string]int64{}
+	if len(missing) > 2 {
+		for i, err := range r.store.List(ctx, "index/") {
+			if err != nil {
+				return nil, nil, err
+			}
+			sizes[i.Name] = i.Size
+		}
+	}
+	b := x.NewBatch()
+	var mu sync.Mutex // guards b, why and lost
+	room := semaphore.NewWeighted(indexBytes)
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(indexReaders)
+	for _, d := range missing {
+		n := min(indexBytes, max(1, sizes[indexName(d)]))
+		if room.Acquire(gctx, n) != nil {
+			break // said below
+		}
+		g.Go(func() error {
+			defer room.Release(n)
+			packs, err := r.readIndex(gctx, d)
+			mu.Lock()
+			defer mu.Unlock()
+			if errors.Is(err, ErrDamaged) {
+				why, lost[d] = append(why, err.Error()), true
+				return nil
+			} else if err != nil {
+				return err
+			}
+			return b.Add(d, packs)
+		})
+	}
+	if err = g.Wait(); err == nil {
+		err = ctx.Err()
+	}
+	if err == nil {
+		err = b.Finish()
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, b.Abort())
+	}
+	return why, lost, nil
 }
 
 // makeUp takes into the cache what the packs that no sound index object lists
