@@ -62,7 +62,7 @@ const (
 	// indexReaders is how many index objects are read at once, indexBytes how
 	// many of their bytes: in memory each takes some five times its size.
 	indexReaders = 32
-	indexBytes   = 24 << 20
+	indexBytes   = 20 << 20
 )
 
 // fillIndex takes the index objects that x does not have into it, all in one
@@ -78,21 +78,42 @@ func (r *Repo) fillIndex(ctx context.Context, s *state, x *index.Index) (why []s
 	if len(missing) == 0 {
 		return nil, lost, nil
 	}
+	b := x.NewBatch()
+	err = r.readMany(ctx, missing, func(d [32]byte, packs []index.Pack, err error) error {
+		if errors.Is(err, ErrDamaged) {
+			why, lost[d] = append(why, err.Error()), true
+			return nil
+		} else if err != nil {
+			return err
+		}
+		return b.Add(d, packs)
+	})
+	if err == nil {
+		err = b.Finish()
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, b.Abort())
+	}
+	return why, lost, nil
+}
+
+// readMany reads index objects, many at once and in no order, and calls f for
+// one after the other.
+func (r *Repo) readMany(ctx context.Context, list [][32]byte, f func(d [32]byte, packs []index.Pack, err error) error) error {
 	sizes := map[string]int64{}
-	if len(missing) > 2 {
+	if len(list) > 2 {
 		for i, err := range r.store.List(ctx, "index/") {
 			if err != nil {
-				return nil, nil, err
+				return err
 			}
 			sizes[i.Name] = i.Size
 		}
 	}
-	b := x.NewBatch()
-	var mu sync.Mutex // guards b, why and lost
+	var mu sync.Mutex // held while f is called
 	room := semaphore.NewWeighted(indexBytes)
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(indexReaders)
-	for _, d := range missing {
+	for _, d := range list {
 		n := min(indexBytes, max(1, sizes[indexName(d)]))
 		if room.Acquire(gctx, n) != nil {
 			break // said below
@@ -102,25 +123,13 @@ func (r *Repo) fillIndex(ctx context.Context, s *state, x *index.Index) (why []s
 			packs, err := r.readIndex(gctx, d)
 			mu.Lock()
 			defer mu.Unlock()
-			if errors.Is(err, ErrDamaged) {
-				why, lost[d] = append(why, err.Error()), true
-				return nil
-			} else if err != nil {
-				return err
-			}
-			return b.Add(d, packs)
+			return f(d, packs, err)
 		})
 	}
-	if err = g.Wait(); err == nil {
-		err = ctx.Err()
+	if err := g.Wait(); err != nil {
+		return err
 	}
-	if err == nil {
-		err = b.Finish()
-	}
-	if err != nil {
-		return nil, nil, errors.Join(err, b.Abort())
-	}
-	return why, lost, nil
+	return ctx.Err()
 }
 
 // makeUp takes into the cache what the packs that no sound index object lists

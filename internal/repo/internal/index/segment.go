@@ -162,25 +162,29 @@ func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
 		if err != nil {
 			return places, err
 		}
-		n := len(p) / itemLen
-		if bytes.Compare(p[(n-1)*itemLen:(n-1)*itemLen+32], id[:]) < 0 {
-			continue
+		if places, err = s.inPage(i, p, id, places); err != nil {
+			return places, err
 		}
-		a, b := 0, n
-		for a < b {
-			if m := (a + b) / 2; bytes.Compare(p[m*itemLen:m*itemLen+32], id[:]) < 0 {
-				a = m + 1
-			} else {
-				b = m
-			}
+	}
+	return places, nil
+}
+
+// inPage appends to places where id lies among the items p of page i.
+func (s *segment) inPage(i int64, p []byte, id pack.ID, places []Place) ([]Place, error) {
+	a, b := 0, len(p)/itemLen
+	for a < b {
+		if m := (a + b) / 2; bytes.Compare(p[m*itemLen:m*itemLen+32], id[:]) < 0 {
+			a = m + 1
+		} else {
+			b = m
 		}
-		for ; a < n && pack.ID(p[a*itemLen:a*itemLen+32]) == id; a++ {
-			it := parseItem(p[a*itemLen:])
-			if int(it.pack) >= len(s.packs)/32 {
-				return places, fmt.Errorf("%s: page %d: %w", s.path, i, ErrCache)
-			}
-			places = append(places, Place{s.packName(it.pack), it.number, it.off, it.stored})
+	}
+	for n := len(p) / itemLen; a < n && pack.ID(p[a*itemLen:a*itemLen+32]) == id; a++ {
+		it := parseItem(p[a*itemLen:])
+		if int(it.pack) >= len(s.packs)/32 {
+			return places, fmt.Errorf("%s: page %d: %w", s.path, i, ErrCache)
 		}
+		places = append(places, Place{s.packName(it.pack), it.number, it.off, it.stored})
 	}
 	return places, nil
 }

@@ -239,7 +239,7 @@ func (r *Raw) Open(key *Key, purpose string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: does not open with its key", ErrDamaged)
 	}
-	content, err := codec.Decode(nil, plain, MaxContent)
+	content, err := codec.Take(plain, MaxContent)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
