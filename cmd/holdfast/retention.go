@@ -269,6 +269,12 @@ func pruneText(r *repo.PruneReport) string {
 	for _, s := range r.Revoked {
 		line("Run %s showed no sign of life and was ended.", s)
 	}
+	if r.Checkpoint > 0 {
+		line("The whole state %s entry %d of the chain, so that opening the repository stays quick.", would("is now in", "would be in"), r.Checkpoint)
+	}
+	if r.RemovedEntries > 0 {
+		line("%d entries of the chain that need not be read any more removed.", r.RemovedEntries)
+	}
 	for _, n := range r.Notes {
 		line("Note: %s.", oneLine(n))
 	}

@@ -32,6 +32,7 @@ var advice = []struct {
 	{repo.ErrVersion, "", "use the newer Holdfast that wrote it"},
 	{repo.ErrRolledBack, "", "put the newer state back, or find out who restored an old copy; nothing was changed"},
 	{repo.ErrRevoked, "", "run it again"},
+	{repo.ErrLeftBehind, "", "run it again; nothing was lost"},
 	{repo.ErrDamaged, "put ", "\"holdfast check --read-data\" lists what is damaged; other restore points may be whole"},
 	{harden.ErrNotHardened, "", "prepare it with \"holdfast harden DIR --user USER\", where USER is who writes the repository"},
 	{harden.ErrNotStore, "", "make the repository first, as the user who writes it"},

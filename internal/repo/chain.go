@@ -8,14 +8,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
@@ -47,6 +41,7 @@ type entryClear struct {
 	Adds     []seal.Hex `json:"adds,omitempty"`
 	Drops    []seal.Hex `json:"drops,omitempty"`
 	Lease    string     `json:"lease,omitempty"`
+	Start    uint64     `json:"start,omitempty"` // state.older after this entry
 }
 
 // entrySealed is the union of all kinds' sealed parts.
@@ -79,7 +74,7 @@ type state struct {
 	digest     [32]byte // of entry head, or of config
 	points     map[PointID]Point
 	order      []PointID
-	forgotten  map[PointID]Point   // a pin may still keep their data
+	forgotten  map[PointID]*Point  // nil for one that no pin can name any more
 	keep       map[PointID]Until   // marked to stay
 	indexes    map[[32]byte]bool   // live index objects
 	added      map[[32]byte]adding // by what entry, of each of those
@@ -95,11 +90,19 @@ type state struct {
 	// mended is the newest entry that put others in the place of lost index
 	// objects. What those alone knew of is in the inventory no more.
 	mended uint64
+	// checkpoint is the number of the newest one, older that of the one before
+	// it, from which the chain has to be read.
+	checkpoint, older uint64
 	// gaps are entries that are damaged or missing. Reading goes on without
-	// them; nothing is appended to a chain with gaps.
-	gaps []string
-	// unknown: digest is not known, since entry head is a gap.
+	// them; nothing is appended to a chain with gaps. healed are those before a
+	// checkpoint, which has what they said.
+	gaps, healed []gap
+	// header is how entry head begins, in the store.
+	header [seal.HeaderLen]byte
+	// unknown: digest and header are not known, since entry head is a gap.
 	unknown bool
+	// proving: a checkpoint must agree with the entries before it.
+	proving bool
 }
 
 // adding tells when, and in which run, an index object was added.
@@ -109,7 +112,7 @@ type adding struct {
 }
 
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]Point{}, keep: map[PointID]Until{},
+	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]*Point{}, keep: map[PointID]Until{},
 		indexes: map[[32]byte]bool{}, added: map[[32]byte]adding{},
 		over: map[string]kind{}, quarantine: map[[32]byte]uint64{}, bad: map[badKey]bool{}, removed: map[string]bool{}}
 }
@@ -142,21 +145,17 @@ func (r *Repo) apply(ctx context.Context, s *state, p []byte) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	if err := seal.Unmarshal(content, &sealed); err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+	if kind(raw.Header.Kind) == kindCheckpoint {
+		err = s.takeCheckpoint(&c, content)
+	} else if err = seal.Unmarshal(content, &sealed); err == nil {
+		err = s.take(kind(raw.Header.Kind), &c, &sealed)
 	}
-	if err := s.take(kind(raw.Header.Kind), &c, &sealed); err != nil {
+	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
 	s.head, s.digest, s.unknown, s.time = n, sha256.Sum256(p), false, c.Time
+	copy(s.header[:], p)
 	return nil
-}
-
-// skip goes past an entry that is damaged or missing.
-func (s *state) skip(why error) {
-	s.head++
-	s.unknown = true
-	s.gaps = append(s.gaps, why.Error())
 }
 
 // take changes the state as the entry says.
@@ -186,7 +185,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	case kindForget:
 		for _, id := range e.Points {
 			if p, ok := s.points[id]; ok {
-				s.forgotten[id] = p
+				s.forgotten[id] = &p
 				delete(s.points, id)
 			}
 		}
@@ -247,190 +246,13 @@ func parseDigest(s string) (d [32]byte, err error) {
 	return [32]byte(b), nil
 }
 
-// load reads the whole chain: at Open, before anything is shared.
-func (r *Repo) load(ctx context.Context) error {
-	seen, err := r.seen()
-	if err != nil {
-		return err
-	}
-	entries, err := r.entries(ctx)
-	if err != nil {
-		return err
-	}
-	for _, p := range entries {
-		if err := r.applyOrSkip(ctx, r.state, p); err != nil {
-			return err
-		}
-		if r.state.head == seen.Number && !r.state.unknown && !bytes.Equal(seen.Digest, r.state.digest[:]) {
-			return r.rolledBack(seen)
-		}
-	}
-	if seen.Number > r.state.head {
-		return r.rolledBack(seen)
-	}
-	return r.remember(r.state)
-}
-
-// entries reads all entries up to the greatest number; nil for one that is not
-// there.
-func (r *Repo) entries(ctx context.Context) ([][]byte, error) {
-	names, err := listNames(ctx, r.store, "chain/")
-	if err != nil || len(names) == 0 {
-		return nil, err
-	}
-	last, err := strconv.ParseUint(strings.TrimPrefix(names[len(names)-1], "chain/"), 10, 64)
-	if err != nil || last > uint64(len(names))+maxGap {
-		return nil, fmt.Errorf("%s: %w: not the name of the chain's newest entry", names[len(names)-1], ErrDamaged)
-	}
-	entries := make([][]byte, last)
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(16)
-	for i := range entries {
-		g.Go(func() error {
-			p, err := r.store.Get(gctx, entryName(uint64(i+1)), 0, -1)
-			if errors.Is(err, blob.ErrNotExist) {
-				return nil
-			}
-			entries[i] = p
-			return err
-		})
-	}
-	return entries, g.Wait()
-}
-
-// maxGap bounds how many entries may be missing in a chain that is read all
-// the same.
-const maxGap = 1 << 20
-
-// applyOrSkip takes an entry in, or notes that it is damaged or missing.
-func (r *Repo) applyOrSkip(ctx context.Context, s *state, p []byte) error {
-	if p == nil {
-		s.skip(fmt.Errorf("%s: %w: missing", entryName(s.head+1), ErrDamaged))
-		return nil
-	}
-	return s.skipDamage(r.apply(ctx, s, p))
-}
-
-// skipDamage notes damage; other errors it returns.
-func (s *state) skipDamage(err error) error {
-	if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
-		s.skip(err)
-		return nil
-	}
-	return err
-}
-
-// headSeen is the newest chain entry that this machine has seen.
-type headSeen struct {
-	Number uint64   `json:"number"`
-	Digest seal.Hex `json:"digest"`
-}
-
-func (r *Repo) headPath() string { return filepath.Join(r.cache, "head") }
-
-func (r *Repo) seen() (h headSeen, err error) {
-	p, err := os.ReadFile(r.headPath())
-	if errors.Is(err, os.ErrNotExist) {
-		return h, nil
-	} else if err != nil {
-		return h, err
-	}
-	if err := json.Unmarshal(p, &h); err != nil {
-		return h, fmt.Errorf("%s: %w; delete it to go on without the detection of a rollback", r.headPath(), err)
-	}
-	return h, nil
-}
-
-func (r *Repo) rolledBack(seen headSeen) error {
-	return fmt.Errorf("%w: entry %d of its chain is missing or another one; if you put back an older copy yourself, delete %s",
-		ErrRolledBack, seen.Number, r.headPath())
-}
-
-// remember keeps the head for the next Open. A crash here costs only that.
-func (r *Repo) remember(s *state) error {
-	if s.head == 0 || s.unknown {
-		return nil
-	}
-	if err := os.MkdirAll(r.cache, 0o700); err != nil {
-		return err
-	}
-	p, err := json.Marshal(headSeen{s.head, s.digest[:]})
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(r.cache, "head-*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(p)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), r.headPath())
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
-}
-
-// refresh reads the entries after the head and the index objects that are new.
-func (r *Repo) refresh(ctx context.Context) error {
-	r.refreshing.Lock()
-	defer r.refreshing.Unlock()
-	return r.refreshLocked(ctx)
-}
-
-func (r *Repo) refreshLocked(ctx context.Context) error {
-	old := r.current()
-	s := old
-	for {
-		p, err := r.store.Get(ctx, entryName(s.head+1), 0, -1)
-		if errors.Is(err, blob.ErrNotExist) {
-			// An index object that is gone may have been replaced meanwhile.
-			if err := r.readIndexes(ctx, s); errors.Is(err, errMoved) {
-				continue
-			} else if err != nil {
-				return err
-			}
-			break
-		} else if err != nil {
-			return err
-		}
-		if s == old {
-			s = old.clone()
-		}
-		err = r.apply(ctx, s, p)
-		if errors.Is(err, seal.ErrNoKey) && len(s.gaps) == 0 {
-			return fmt.Errorf("%w: %s", ErrKeys, err) // not damage: it was whole when it was opened
-		}
-		if err := s.skipDamage(err); err != nil {
-			return err
-		}
-	}
-	if s.keyring > old.keyring {
-		if err := r.learn(ctx); err != nil {
-			return err
-		}
-	}
-	if s == old {
-		return nil
-	}
-	if s.mended > old.mended {
-		if err := r.reindex(ctx, s); err != nil {
-			return err
-		}
-	}
-	r.mu.Lock()
-	r.state = s
-	r.mu.Unlock()
-	return r.remember(s)
-}
-
 func (s *state) clone() *state {
 	c := *s
 	c.points, c.indexes, c.over = cloneMap(s.points), cloneMap(s.indexes), cloneMap(s.over)
 	c.quarantine, c.bad, c.removed = cloneMap(s.quarantine), cloneMap(s.bad), cloneMap(s.removed)
 	c.forgotten, c.keep, c.added = cloneMap(s.forgotten), cloneMap(s.keep), cloneMap(s.added)
 	c.order = append([]PointID(nil), s.order...)
+	c.gaps, c.healed = slices.Clip(s.gaps), slices.Clip(s.healed)
 	return &c
 }
 
@@ -548,10 +370,16 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 	if err != nil {
 		return err
 	}
+	return r.appendContent(ctx, k, c, content, e.Point, allowed)
+}
+
+// appendContent is append for a sealed part as it is; point is what it
+// commits, if it does.
+func (r *Repo) appendContent(ctx context.Context, k kind, c entryClear, content []byte, point *Point, allowed func(*state) error) error {
 	r.refreshing.Lock()
 	defer r.refreshing.Unlock()
 	for {
-		if err := r.refreshLocked(ctx); err != nil {
+		if _, err := r.refreshLocked(ctx); err != nil {
 			return err
 		}
 		s := r.current()
@@ -561,7 +389,10 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 		if err := allowed(s); err != nil {
 			return err
 		}
-		c.Number, c.Previous, c.Time = s.head+1, s.digest[:], time.Now().UTC()
+		c.Number, c.Previous, c.Time, c.Start = s.head+1, s.digest[:], time.Now().UTC(), s.older
+		if k == kindCheckpoint {
+			c.Start = s.checkpoint
+		}
 		clear, err := json.Marshal(c)
 		if err != nil {
 			return err
@@ -577,9 +408,43 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 			return err
 		}
 		if mine {
-			return r.refreshLocked(context.WithoutCancel(ctx))
+			return r.arrived(context.WithoutCancel(ctx), c.Number, p, point)
 		}
 	}
+}
+
+// ErrLeftBehind: this process stood still while others went on for so long
+// that it cannot be told whether what it added counts.
+var ErrLeftBehind = errors.New("this process stood still while the repository's chain went on for thousands of entries; what it was about to do is void")
+
+// arrived takes in the news after entry n, whose bytes p this process has just
+// stored, and makes sure that n is in the chain. Its name may have been free
+// because the true entry n was deleted: then entry n-1 is gone as well, which
+// shows (docs/format.md §6.4).
+func (r *Repo) arrived(ctx context.Context, n uint64, p []byte, point *Point) error {
+	anew, err := r.refreshLocked(ctx)
+	if err != nil || !anew {
+		return err
+	}
+	s := r.current()
+	if n >= s.older {
+		if there, err := r.store.Get(ctx, entryName(n), 0, -1); err != nil || bytes.Equal(there, p) {
+			return err
+		}
+		return ErrLeftBehind
+	}
+	if point != nil {
+		_, live := s.points[point.ID]
+		_, gone := s.forgotten[point.ID]
+		if live || gone {
+			return nil
+		}
+	}
+	// What is before the chain's start is nothing to anybody.
+	if err := r.store.Delete(ctx, entryName(n)); err != nil && !errors.Is(err, blob.ErrNotExist) {
+		return errors.Join(ErrLeftBehind, err)
+	}
+	return ErrLeftBehind
 }
 
 // putEntry creates an entry and says whether it is ours. A Put that failed may

@@ -2,14 +2,13 @@ package repo
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
 
-	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -146,22 +145,38 @@ func (c *checker) chain(ctx context.Context) error {
 	}
 	known := c.r.current()
 	c.moved = known.moved
-	p, err := c.r.store.Get(ctx, configName, 0, -1)
+	numbers, err := entryNumbers(ctx, c.r.store)
 	if err != nil {
 		return err
 	}
-	s := newState(sha256.Sum256(p))
-	for s.head < known.head {
-		p, err := c.r.store.Get(ctx, entryName(s.head+1), 0, -1)
-		if err != nil && !errors.Is(err, blob.ErrNotExist) {
+	numbers = slices.DeleteFunc(numbers, func(n uint64) bool { return n > known.head })
+	s := c.r.begin()
+	s.proving = true
+	vanished, err := c.r.follow(ctx, s, numbers, nil)
+	if err != nil {
+		return err
+	}
+	if vanished { // a prune beside this check may have deleted them by right
+		if err := c.r.refresh(ctx); err != nil {
 			return err
 		}
-		if err := c.r.applyOrSkip(ctx, s, p); err != nil {
-			return err
+		if c.r.current().checkpoint != known.checkpoint {
+			return errMoved
 		}
 	}
-	for _, gap := range s.gaps {
-		c.problem(Problem{Object: "chain", What: gap})
+	s.miss(known.head)
+	if what, err := s.differs(known); err != nil {
+		return err
+	} else if what != "" && len(s.gaps)+len(known.gaps) == 0 {
+		c.problem(Problem{Object: "chain", What: "its " + what + " are not what they were when it was read first; open the repository anew"})
+	}
+	for _, g := range s.healed {
+		if g.last >= s.older { // what is before it is not read any more
+			c.problem(Problem{Object: "chain", What: g.text + "; nothing is lost by that: the checkpoint behind it has what it said"})
+		}
+	}
+	for _, g := range s.gaps {
+		c.problem(Problem{Object: "chain", What: g.text})
 	}
 	c.report.Entries, c.report.Points = known.head, len(known.points)
 	return nil
@@ -187,7 +202,7 @@ func (c *checker) indexes(ctx context.Context) error {
 		c.note(d, packs)
 	}
 	if len(lost) > 0 || len(s.gaps) > 0 {
-		found, err := c.r.makeUp(ctx, s, lost)
+		found, err := c.r.makeUp(ctx, s, lost, c.r.index)
 		if err != nil {
 			return err
 		}

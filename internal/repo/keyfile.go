@@ -178,6 +178,10 @@ func checkKeyObject(o keyObject, id [16]byte) error {
 	if !ok {
 		return errors.New("not a key")
 	}
+	if m == seal.Slot {
+		_, err := parseSlot(o.Data, o.Name, id)
+		return err
+	}
 	raw, err := seal.Parse(o.Data, m)
 	if err == nil && raw.Header.Repo != id {
 		err = seal.ErrForeign

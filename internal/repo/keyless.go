@@ -96,52 +96,69 @@ func (k *keyless) chain(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	next, previous := uint64(1), k.config[:]
+	numbers, err := entryNumbers(ctx, k.store)
+	if err != nil {
+		return err
+	}
 	for _, name := range names {
 		n, err := strconv.ParseUint(strings.TrimPrefix(name, "chain/"), 10, 64)
-		if err != nil || entryName(n) != name {
+		if err != nil || n == 0 || entryName(n) != name {
 			k.problem(name, "not the name of an entry")
+		}
+	}
+	next, previous, start := uint64(1), k.config[:], uint64(0)
+	var gaps []gap // told when it is known where the chain begins
+	for e, err := range fetch(ctx, k.store, numbers) {
+		if err != nil {
+			return err
+		}
+		n, name := e.number, entryName(e.number)
+		if n > next {
+			previous = nil
+			gaps = append(gaps, absent(next, n-1))
+		}
+		if e.data == nil { // it was listed
+			gaps, next, previous = append(gaps, absent(n, n)), n+1, nil
 			continue
 		}
-		c, checkpoint, sum, err := k.entry(ctx, name)
+		c, kind, err := parseEntry(e.data, n, k.id, k.pub)
 		if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
-			k.problem(name, err.Error())
-			next, previous, k.report.Entries = k.missing(next, n), nil, n
+			gaps = append(gaps, gap{n, false, err.Error()})
+			next, previous, k.report.Entries = n+1, nil, n
 			continue
 		} else if err != nil {
 			return err
 		}
-		switch {
-		case c.Number != n:
-			k.problem(name, fmt.Sprintf("it is entry %d", c.Number))
-		case checkpoint && n != next:
-			previous = nil // what was before it may be gone
-		case n != next:
-			previous = nil
-			k.missing(next, n)
-		}
-		if n == next && previous != nil && !bytes.Equal(c.Previous, previous) {
+		if previous != nil && !bytes.Equal(c.Previous, previous) {
 			k.problem(name, "it does not follow its predecessor; an entry was exchanged or removed")
 		}
-		if checkpoint {
+		if kind == kindCheckpoint {
 			clear(k.live)
 		}
 		k.take(&c)
-		next, previous = n+1, sum[:]
+		sum := sha256.Sum256(e.data)
+		next, previous, start = n+1, sum[:], max(start, c.Start)
 		k.report.Entries = n
+	}
+	for _, g := range gaps {
+		switch {
+		case g.last < start:
+		case g.missing:
+			k.problem(g.text, "missing")
+		default:
+			k.problem(entryName(g.last), g.text)
+		}
 	}
 	return nil
 }
 
-// missing reports the entries from next up to before n, and gives n + 1.
-func (k *keyless) missing(next, n uint64) uint64 {
-	switch {
-	case next+1 == n:
-		k.problem(entryName(next), "missing")
-	case next < n:
-		k.problem(entryName(next), fmt.Sprintf("missing, and all up to %s", entryName(n-1)))
+// absent names entries that are not there.
+func absent(first, last uint64) gap {
+	text := entryName(first)
+	if last > first {
+		text += " to " + entryName(last)
 	}
-	return n + 1
+	return gap{last, true, text}
 }
 
 func (k *keyless) take(c *entryClear) {
@@ -155,21 +172,6 @@ func (k *keyless) take(c *entryClear) {
 			delete(k.live, [32]byte(d))
 		}
 	}
-}
-
-func (k *keyless) entry(ctx context.Context, name string) (c entryClear, checkpoint bool, sum [32]byte, err error) {
-	p, err := k.store.Get(ctx, name, 0, -1)
-	if err != nil {
-		return c, false, sum, err
-	}
-	raw, err := seal.Parse(p, seal.Entry)
-	if err == nil {
-		err = raw.Verify(k.id, k.pub)
-	}
-	if err != nil {
-		return c, false, sum, err
-	}
-	return c, kind(raw.Header.Kind) == kindCheckpoint, sha256.Sum256(p), seal.Unmarshal(raw.Clear, &c)
 }
 
 // keys looks at the form of key slots and keyrings. That they open cannot be

@@ -400,6 +400,10 @@ func getSlot(ctx context.Context, s blob.Store, name string, id [16]byte) (*seal
 	if err != nil {
 		return nil, err
 	}
+	return parseSlot(p, name, id)
+}
+
+func parseSlot(p []byte, name string, id [16]byte) (*seal.Raw, error) {
 	raw, err := seal.Parse(p, seal.Slot)
 	switch {
 	case err != nil:

@@ -55,7 +55,7 @@ func TestLesson05SilentlyPartialListing(t *testing.T) {
 			equal(t, r, &p, w.contents[p.ID])
 		}
 		pinned := r.current().forgotten[w.pinned]
-		equal(t, r, &pinned, w.contents[w.pinned])
+		equal(t, r, pinned, w.contents[w.pinned])
 		clean(t, r, true)
 	}
 	if err := run.Close(); err != nil {
@@ -75,7 +75,7 @@ func TestLesson07NoClockDecides(t *testing.T) {
 		"Repo.Begin":       "when to announce again, monotonic",
 		"Run.announceSome": "when to announce again, monotonic",
 		"Run.settle":       "when to announce again, monotonic",
-		"Repo.append":      "a label of the entry, for people",
+		"Repo.appendContent":      "a label of the entry, for people",
 		"putSlot":          "a label of the key slot, for people",
 		"initialize":       "a label of the repository, for people",
 		"Repo.ExportKeys":  "a label of the file, for people",

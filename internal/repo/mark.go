@@ -2,7 +2,9 @@ package repo
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -42,16 +44,29 @@ type marker struct {
 	before map[string]Lease // open, listed before state was read; without the own
 	after  map[string]Lease // listed after that
 	packs  map[[32]byte]*packMark
-	read   map[[32]byte]bool // index objects in packs
-	points map[PointID]bool  // walked
-	pinned int               // forgotten points that are pinned
+	read   map[[32]byte]bool  // index objects in packs
+	points map[PointID]bool   // walked
+	pins   map[PointID]string // named by pins, and by whose
+	pinned int                // forgotten points that are pinned
 	notes  map[string]bool
 
-	mu     sync.Mutex // guards the bits of packs while walking, and what follows
-	nodes  int64
-	chunks int64
+	resolving sync.Mutex // held while chunks are looked up; before mu
+
+	mu     sync.Mutex        // guards the bits of packs while walking, and what follows
+	chunks []neededChunk     // of walked nodes, not looked up yet
+	walked []PointID         // points whose maps were walked
 	lost   map[PointID]int64 // chunks of which there is no copy
 }
+
+// neededChunk is a chunk that a point needs. Chunks are looked up many at
+// once, in the index's order.
+type neededChunk struct {
+	id    pack.ID
+	point int32 // index in marker.walked
+}
+
+// chunkBatch is how many chunks are looked up at once: 36 MB.
+const chunkBatch = 1 << 20
 
 // packMark is a pack of the inventory.
 type packMark struct {
@@ -116,16 +131,21 @@ func (m *marker) catchUp(ctx context.Context) error {
 // when that is gone because another prune has replaced it since.
 func (m *marker) readIndex(ctx context.Context, s *state, d [32]byte) ([]index.Pack, error) {
 	packs, err := m.r.readIndex(ctx, d)
+	return packs, m.gone(ctx, s, err)
+}
+
+// gone is what it means that an index object which is live in s could not be read.
+func (m *marker) gone(ctx context.Context, s *state, err error) error {
 	if !errors.Is(err, ErrDamaged) {
-		return packs, err
+		return err
 	}
 	if err := m.r.refresh(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	if m.r.current().head != s.head {
-		return nil, errMoved
+		return errMoved
 	}
-	return nil, refuse("%w; run check, or back up: both make the index anew from the packs", err)
+	return refuse("%w; run check, or back up: both make the index anew from the packs", err)
 }
 
 // tryCatchUp fails with errMoved when it must begin anew.
@@ -148,7 +168,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if m.state == nil || m.state.moved != s.moved {
 		m.packs, m.read, m.points = map[[32]byte]*packMark{}, map[[32]byte]bool{}, map[PointID]bool{}
 		m.lost, m.notes = map[PointID]int64{}, map[string]bool{}
-		m.nodes, m.chunks = 0, 0
+		m.chunks, m.walked = nil, nil
 	}
 	if err := m.inventory(ctx, s); err != nil {
 		return err
@@ -167,7 +187,12 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 			}
 		}
 	}
-	return m.pins(ctx, s)
+	if err := m.readPins(ctx, s); err != nil {
+		return err
+	}
+	chunks := m.chunks
+	m.chunks = nil
+	return m.markChunks(chunks)
 }
 
 // open lists open leases but the own, which must be listed: else the listing
@@ -210,12 +235,14 @@ func (m *marker) adopt(ctx context.Context) error {
 // inventory reads the index objects that are new, forgets those that are no
 // more, and compares the packs that they list with the store's listing.
 func (m *marker) inventory(ctx context.Context, s *state) error {
+	var unread [][32]byte
 	for d := range s.indexes {
-		if m.read[d] {
-			continue
+		if !m.read[d] {
+			unread = append(unread, d)
 		}
-		packs, err := m.readIndex(ctx, s, d)
-		if err != nil {
+	}
+	err := m.r.readMany(ctx, unread, func(d [32]byte, packs []index.Pack, err error) error {
+		if err := m.gone(ctx, s, err); err != nil {
 			return err
 		}
 		for _, k := range packs {
@@ -224,6 +251,10 @@ func (m *marker) inventory(ctx context.Context, s *state) error {
 			}
 		}
 		m.read[d] = true
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	// Only now, so that a pack which another index object lists keeps its marks.
 	dropped := map[[32]byte]bool{}
@@ -290,6 +321,9 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 			err = m.disk(ctx, p.ID, root)
 		}
 		if errors.Is(err, ErrDamaged) || errors.Is(err, tree.ErrNode) {
+			if m.r.refresh(ctx) == nil && m.r.current().moved != m.state.moved {
+				return errMoved // what was looked for may be elsewhere by now
+			}
 			return refuse("the map of %s of point %s (%s of %s) cannot be read, so what it needs is not known: %w; "+
 				"back %s up again and try once more, or forget the point", d.what, p.ID, p.VM, p.Time.Format("2006-01-02 15:04"), err, p.VM)
 		} else if err != nil {
@@ -304,6 +338,10 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 const walkers = 16
 
 func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
+	m.mu.Lock()
+	point := int32(len(m.walked))
+	m.walked = append(m.walked, p)
+	m.mu.Unlock()
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(walkers)
 	var walk func(id tree.ID, level int) error
@@ -319,30 +357,15 @@ func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
 		if err != nil {
 			return err
 		}
-		m.mu.Lock()
-		m.nodes++
-		m.mu.Unlock()
+		if level == 0 {
+			return m.need(n, point)
+		}
 		for _, c := range n.Children {
-			switch {
-			case c == (tree.ID{}):
-			case level > 0:
-				if !g.TryGo(func() error { return walk(c, level-1) }) {
-					if err := walk(c, level-1); err != nil {
-						return err
-					}
-				}
-			default:
-				first, err := m.mark(c)
-				m.mu.Lock()
-				if first {
-					m.chunks++
-				}
-				if errors.Is(err, errLost) {
-					m.lost[p]++
-					err = nil
-				}
-				m.mu.Unlock()
-				if err != nil {
+			if c == (tree.ID{}) {
+				continue
+			}
+			if !g.TryGo(func() error { return walk(c, level-1) }) {
+				if err := walk(c, level-1); err != nil {
 					return err
 				}
 			}
@@ -355,6 +378,58 @@ func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
 	return g.Wait()
 }
 
+// need notes the chunks of a leaf, and marks those noted when they have become
+// many.
+func (m *marker) need(n *tree.Node, point int32) error {
+	var full []neededChunk
+	m.mu.Lock()
+	for _, c := range n.Children {
+		if c != (tree.ID{}) {
+			m.chunks = append(m.chunks, neededChunk{c, point})
+		}
+	}
+	if len(m.chunks) >= chunkBatch {
+		full, m.chunks = m.chunks, nil
+	}
+	m.mu.Unlock()
+	return m.markChunks(full)
+}
+
+// markChunks marks chunks in the index's order.
+func (m *marker) markChunks(chunks []neededChunk) error {
+	if len(chunks) == 0 {
+		return nil
+	}
+	m.resolving.Lock() // one at a time: that keeps those who make more waiting
+	defer m.resolving.Unlock()
+	slices.SortFunc(chunks, func(a, b neededChunk) int {
+		x, y := binary.BigEndian.Uint64(a.id[:]), binary.BigEndian.Uint64(b.id[:])
+		if x != y {
+			return cmp.Compare(x, y)
+		}
+		return bytes.Compare(a.id[8:], b.id[8:])
+	})
+	i := 0
+	ids := func(yield func(pack.ID) bool) {
+		for i = range chunks {
+			if !yield(chunks[i].id) {
+				return
+			}
+		}
+	}
+	return m.r.index.LookupAll(ids, func(places []index.Place) error {
+		if _, err := m.markPlace(chunks[i].id, places); errors.Is(err, errLost) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.lost[m.walked[chunks[i].point]]++
+			return nil
+		} else if err != nil {
+			return err
+		}
+		return nil
+	})
+}
+
 var errLost = fmt.Errorf("%w: in no pack", ErrDamaged)
 
 // mark sets the bit of the copy of an item that is to stay, and tells whether
@@ -364,6 +439,11 @@ func (m *marker) mark(id pack.ID) (first bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	return m.markPlace(id, places)
+}
+
+// markPlace is mark for an item of which it is known where it lies.
+func (m *marker) markPlace(id pack.ID, places []index.Place) (first bool, err error) {
 	best, bestRank := -1, 0
 	for i, p := range places {
 		if rank := m.rank(&p, id); rank > bestRank || rank == bestRank && rank > 0 && m.newer(&p, &places[best]) {
@@ -418,9 +498,9 @@ func (m *marker) newer(a, b *index.Place) bool {
 	return bytes.Compare(a.Pack[:], b.Pack[:]) > 0
 }
 
-// pins walks the points that are forgotten and pinned. It lists the pins after
+// readPins walks the points that are forgotten and pinned. It lists the pins after
 // the chain was read: who pins a point looks for it in the chain after.
-func (m *marker) pins(ctx context.Context, s *state) error {
+func (m *marker) readPins(ctx context.Context, s *state) error {
 	names, err := listNames(ctx, m.r.store, "pins/")
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
@@ -436,7 +516,7 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 		}
 		pinned[id] = session
 	}
-	m.pinned = 0
+	m.pins, m.pinned = pinned, 0
 	for id, session := range pinned {
 		if _, live := s.points[id]; live {
 			continue
@@ -446,8 +526,12 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
 			continue
 		}
+		if p == nil {
+			m.notes[fmt.Sprintf("a pin names point %s, which was forgotten before: its session has not got it", id)] = true
+			continue
+		}
 		m.pinned++
-		if err := m.point(ctx, &p); err != nil {
+		if err := m.point(ctx, p); err != nil {
 			return fmt.Errorf("the point is forgotten, but pinned: %w; when its session is gone for certain: holdfast unpin %s --force", err, session)
 		}
 	}

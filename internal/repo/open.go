@@ -17,6 +17,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/codec"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -153,8 +154,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.deriveIDs()
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
-	r.state = newState(sha256.Sum256(p))
-	r.state.time = c.Created
+	r.config, r.created = sha256.Sum256(p), c.Created
 	if err := r.load(ctx); err != nil {
 		return nil, err
 	}
@@ -163,15 +163,18 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 			return nil, err
 		}
 	}
-	x, err := r.openIndex(r.state)
-	if err != nil {
+	if r.index, err = r.openIndex(r.state); err != nil {
 		return nil, err
 	}
-	r.index.set(x)
 	if err := r.refresh(ctx); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
+}
+
+// openIndex opens the cache as far as it fits s.
+func (r *Repo) openIndex(s *state) (*index.Index, error) {
+	return index.Open(filepath.Join(r.cache, "index"), func(d [32]byte) bool { return s.indexes[d] })
 }
 
 func parseConfig(p []byte) (c config, id [16]byte, err error) {

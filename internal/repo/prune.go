@@ -37,8 +37,10 @@ type PruneOptions struct {
 	// negative does not watch at all.
 	Watch time.Duration
 	// Report is told what is being done and how far it is. done and total are
-	// bytes for "copy", else counts.
+	// bytes for "copy", else counts; "entries" are of the chain, being deleted.
 	Report func(step string, done, total int64)
+
+	checkpointEvery uint64 // for tests; 0 is checkpointEvery
 }
 
 // PruneReport is what Prune did or, in a dry run, would do. Bytes are stored bytes.
@@ -68,6 +70,12 @@ type PruneReport struct {
 	WaitingBytes int64    `json:"waiting_bytes"`
 	WaitsFor     []Lease  `json:"waits_for"`
 	Revoked      []string `json:"revoked"` // leases found dead
+
+	// Checkpoint is the number of the entry with the whole state, if one was
+	// written, RemovedEntries how many need not be read any more and were
+	// deleted.
+	Checkpoint     uint64 `json:"checkpoint,omitempty"`
+	RemovedEntries int    `json:"removed_entries,omitempty"`
 
 	// Lost are points of which chunks have no copy: prune cannot help them,
 	// and did not harm them.
@@ -204,7 +212,10 @@ func (p *pruner) prune(ctx context.Context) error {
 			return err
 		}
 	}
-	return p.tidy(ctx)
+	if err := p.tidy(ctx); err != nil {
+		return err
+	}
+	return p.checkpoint(ctx)
 }
 
 // dry finds what prune would do first; what would be waited for shows in
@@ -243,6 +254,9 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 			p.report.WaitingBytes += p.size(name)
 		}
 		p.waitsFor(s.head + 1)
+	}
+	if s.head-s.checkpoint >= p.every() {
+		p.report.Checkpoint = s.head + 1
 	}
 	p.finish()
 	return &p.report, nil

@@ -73,7 +73,7 @@ func (w *crashWorld) proves(t *testing.T, what string, store *blob.Mem, committe
 		}
 	}
 	pinned := r.current().forgotten[w.pinned]
-	if err := differs(r, &pinned, w.contents[w.pinned]); err != nil {
+	if err := differs(r, pinned, w.contents[w.pinned]); err != nil {
 		t.Fatalf("%s: pinned: %v", what, err)
 	}
 	clean(t, r, true)
@@ -92,7 +92,7 @@ func (w *crashWorld) proves(t *testing.T, what string, store *blob.Mem, committe
 		t.Fatalf("%s: next prune: %v, %+v", what, err, report)
 	}
 	equal(t, r, p, content)
-	equal(t, r, &pinned, w.contents[w.pinned])
+	equal(t, r, pinned, w.contents[w.pinned])
 	clean(t, r, true)
 	if n, _ := stored(t, store, "packs/"); n != len(packNames(r)) {
 		t.Fatalf("%s: %d packs, %d in the inventory", what, n, len(packNames(r)))
@@ -346,14 +346,14 @@ func TestPruneHistory(t *testing.T) {
 				}
 			}
 		case k < 9:
-			if report, err := r.Prune(ctx, unwatched); err != nil || len(report.Lost) > 0 {
+			if report, err := r.Prune(ctx, often(1+rng.Uint64N(40))); err != nil || len(report.Lost) > 0 {
 				t.Fatalf("prune: %v, %+v", err, report)
 			}
 		default: // a crash in the middle of a prune or a run
 			faulty := &blobtest.Faulty{Inner: store, At: 1 + rng.IntN(120), Fault: blobtest.Fault(rng.IntN(2)), Cut: true}
 			if r := open(t, faulty); r != nil {
 				if rng.IntN(2) == 0 {
-					r.Prune(ctx, unwatched)
+					r.Prune(ctx, often(8))
 				} else if run, err := r.Begin(ctx, RandomID()); err == nil {
 					content := image()
 					if p, err := saveIn(run, "vm", content, nil, nil); err == nil {
@@ -488,7 +488,7 @@ func TestPruneParallel(t *testing.T) {
 				continue
 			}
 			if err := differs(reader, &p, content); err != nil {
-				if reader.refresh(ctx); reader.current().forgotten[p.ID].ID == "" {
+				if reader.refresh(ctx); reader.current().forgotten[p.ID] == nil {
 					return err
 				}
 			}
@@ -513,7 +513,7 @@ func TestPruneParallel(t *testing.T) {
 		}
 		for id := range pins {
 			p := r.current().forgotten[id]
-			equal(t, r, &p, contents[id])
+			equal(t, r, p, contents[id])
 		}
 		clean(t, r, true)
 	}

@@ -124,6 +124,9 @@ type Repo struct {
 	ring  liveRing
 	cache string // directory of this repository's cache
 
+	config  [32]byte  // SHA-256 of the object of that name
+	created time.Time // as it says
+
 	compressor codec.Compressor // of new chunks
 
 	chunkIDs, nodeIDs sync.Pool // hash.Hash, keyed
@@ -142,7 +145,7 @@ type Repo struct {
 	found       []index.Pack      // what packs that no index object lists hold; nil before a scan
 	drop        map[[32]byte]bool // the lost index objects
 
-	index   liveIndex
+	index   *index.Index
 	openers openerCache
 	nodes   lru[pack.ID, *tree.Node]
 	chunks  lru[pack.ID, []byte]

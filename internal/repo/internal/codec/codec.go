@@ -114,6 +114,14 @@ func EncodePlain(dst, p []byte) []byte {
 	return append(append(dst, plain), p...)
 }
 
+// Take is Decode for a p that is given away: the result may lie in it.
+func Take(p []byte, max int) ([]byte, error) {
+	if len(p) > 0 && p[0] == plain && len(p)-1 <= max {
+		return p[1:], nil
+	}
+	return Decode(nil, p, max)
+}
+
 // Decode appends the content of p to dst, at most max bytes of it.
 func Decode(dst, p []byte, max int) ([]byte, error) {
 	if len(p) == 0 {
