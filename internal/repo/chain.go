@@ -37,6 +37,8 @@ const (
 	kindKeys
 	kindCheckpoint
 	kindDistrust
+	_
+	kindTiers
 )
 
 // entryClear is an entry's clear part.
@@ -47,6 +49,7 @@ type entryClear struct {
 	Adds     []seal.Hex `json:"adds,omitempty"`
 	Drops    []seal.Hex `json:"drops,omitempty"`
 	Lease    string     `json:"lease,omitempty"`
+	Tiers    int        `json:"tiers,omitempty"` // how many, where an entry tells them
 }
 
 // entrySealed is the union of all kinds' sealed parts.
@@ -59,6 +62,8 @@ type entrySealed struct {
 	Keyring string   `json:"keyring,omitempty"` // 8 digits: the newest one
 	Removed []string `json:"removed,omitempty"` // key slots
 	Until   *Until   `json:"until,omitempty"`
+
+	Tiers []Tier `json:"tiers,omitempty"`
 }
 
 // badItem is a copy of an item that cannot be read.
@@ -89,6 +94,7 @@ type state struct {
 	time       time.Time       // of the head, for people
 	keyring    int             // number of the newest one that an entry names
 	removed    map[string]bool // key slots
+	tiers      []Tier          // other stores that hold packs; Turned included. Replaced, never changed
 	// quarantined is the newest entry that put packs into quarantine, moved the
 	// newest that changed which copies count: quarantine, sweep, distrust.
 	quarantined, moved uint64
@@ -166,6 +172,8 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		}
 	case kindSweep:
 		s.moved = c.Number
+	case kindTiers:
+		s.takeTiers(c.Number, e.Tiers)
 	case kindCommit:
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
@@ -174,6 +182,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			s.order = slices.DeleteFunc(s.order, func(id PointID) bool { return id == e.Point.ID })
 			delete(s.forgotten, e.Point.ID)
 		}
+		e.Point.entry = c.Number
 		s.points[e.Point.ID] = *e.Point
 		s.order = append(s.order, e.Point.ID)
 		s.over[c.Lease] = k
@@ -411,6 +420,9 @@ func (r *Repo) refreshLocked(ctx context.Context) error {
 	r.mu.Lock()
 	r.state = s
 	r.mu.Unlock()
+	if !slices.Equal(s.tiers, old.tiers) {
+		r.attach(s)
+	}
 	return r.remember(s)
 }
 
@@ -445,6 +457,7 @@ func indexName(d [32]byte) string { return "index/" + hex.EncodeToString(d[:]) }
 // indexClear is an index object's clear part.
 type indexClear struct {
 	Packs      []packRow  `json:"packs"`
+	Made       []int64    `json:"made,omitempty"`
 	Supersedes []seal.Hex `json:"supersedes,omitempty"`
 }
 
@@ -504,6 +517,9 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 	packs := make([]index.Pack, len(c.Packs))
 	for i, row := range c.Packs {
 		packs[i] = index.Pack{Name: row.Name, Size: row.Size, Kind: row.Kind}
+		if len(c.Made) == len(packs) {
+			packs[i].Made = c.Made[i]
+		}
 	}
 	if err := index.Unmarshal(content, packs); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -513,9 +529,9 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 
 // putIndex stores an index object for the packs.
 func (r *Repo) putIndex(ctx context.Context, packs []index.Pack, supersedes ...seal.Hex) ([32]byte, error) {
-	c := indexClear{Packs: make([]packRow, len(packs)), Supersedes: supersedes}
+	c := indexClear{Packs: make([]packRow, len(packs)), Made: make([]int64, len(packs)), Supersedes: supersedes}
 	for i, k := range packs {
-		c.Packs[i] = packRow{k.Name, k.Size, k.Kind}
+		c.Packs[i], c.Made[i] = packRow{k.Name, k.Size, k.Kind}, k.Made
 	}
 	clear, err := json.Marshal(c)
 	if err != nil {

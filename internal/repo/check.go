@@ -46,6 +46,10 @@ type CheckReport struct {
 	Transient []Problem `json:"transient"`
 	// Mended counts damaged packs of which everything was stored anew since.
 	Mended int `json:"mended_packs"`
+	// Elsewhere counts packs that are in another store, or lost with it: those
+	// that a tier opened by itself does not have, and without a key those that
+	// this store does not have.
+	Elsewhere int `json:"elsewhere_packs"`
 	// Distrusted counts damaged copies that the next runs will store again.
 	Distrusted int `json:"distrusted"`
 
@@ -98,7 +102,7 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.still(ctx); err != nil {
 		return nil, err
 	}
-	if len(c.r.current().gaps) > 0 {
+	if len(c.r.current().gaps) > 0 || c.r.mirrorOf != "" {
 		return &c.report, nil // nothing can be recorded in a chain with gaps
 	}
 	if err := c.r.mend(ctx); err != nil {
@@ -262,6 +266,8 @@ func (c *checker) stored(ctx context.Context) error {
 func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64, read bool) error {
 	size, ok := there[packName(name)]
 	switch {
+	case !ok && c.r.mirrorOf != "":
+		return c.badPack(ctx, name, info, notHere, nil)
 	case !ok:
 		return c.badPack(ctx, name, info, "missing", nil)
 	case size != info.size:

@@ -63,6 +63,7 @@ type keyless struct {
 	id     [16]byte
 	pub    []byte
 	config [32]byte // its SHA-256
+	tiers  bool     // packs may be in other stores
 	live   map[[32]byte]bool
 	packs  map[[32]byte]packInfo
 
@@ -103,7 +104,8 @@ func (k *keyless) chain(ctx context.Context) error {
 			k.problem(name, "not the name of an entry")
 			continue
 		}
-		c, checkpoint, sum, err := k.entry(ctx, name)
+		c, kind, sum, err := k.entry(ctx, name)
+		checkpoint := kind == kindCheckpoint
 		if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
 			k.problem(name, err.Error())
 			next, previous, k.report.Entries = k.missing(next, n), nil, n
@@ -127,6 +129,9 @@ func (k *keyless) chain(ctx context.Context) error {
 			clear(k.live)
 		}
 		k.take(&c)
+		if kind == kindTiers || checkpoint {
+			k.tiers = c.Tiers > 0
+		}
 		next, previous = n+1, sum[:]
 		k.report.Entries = n
 	}
@@ -157,19 +162,19 @@ func (k *keyless) take(c *entryClear) {
 	}
 }
 
-func (k *keyless) entry(ctx context.Context, name string) (c entryClear, checkpoint bool, sum [32]byte, err error) {
+func (k *keyless) entry(ctx context.Context, name string) (c entryClear, what kind, sum [32]byte, err error) {
 	p, err := k.store.Get(ctx, name, 0, -1)
 	if err != nil {
-		return c, false, sum, err
+		return c, 0, sum, err
 	}
 	raw, err := seal.Parse(p, seal.Entry)
 	if err == nil {
 		err = raw.Verify(k.id, k.pub)
 	}
 	if err != nil {
-		return c, false, sum, err
+		return c, 0, sum, err
 	}
-	return c, kind(raw.Header.Kind) == kindCheckpoint, sha256.Sum256(p), seal.Unmarshal(raw.Clear, &c)
+	return c, kind(raw.Header.Kind), sha256.Sum256(p), seal.Unmarshal(raw.Clear, &c)
 }
 
 // keys looks at the form of key slots and keyrings. That they open cannot be
@@ -260,7 +265,9 @@ func (k *keyless) stored(ctx context.Context) error {
 			}
 			k.mu.Lock()
 			defer k.mu.Unlock()
-			if what.second != "" {
+			if what.second == "missing" && k.tiers {
+				k.report.Elsewhere++
+			} else if what.second != "" {
 				k.problem(packName(name), what.second)
 			} else if what.first != "" {
 				k.report.Transient = append(k.report.Transient, Problem{Object: packName(name), What: what.first})

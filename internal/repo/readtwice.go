@@ -38,10 +38,16 @@ func readTwice(ctx context.Context, s blob.Store, name string, sum [32]byte) (p 
 		if _, probe := s.Get(ctx, configName, 0, 1); probe != nil {
 			return nil, what, err
 		}
+		if t, ok := s.(*blob.Tiers); ok && t.Reach(ctx) != nil {
+			return nil, what, err
+		}
 		p = nil
 	}
 	return p, what, nil
 }
+
+// notHere is what is wrong with a pack that a tier, opened by itself, lacks.
+const notHere = "not in this tier"
 
 // wornPack is a pack that is not what it was.
 type wornPack struct {
@@ -65,6 +71,10 @@ func (c *checker) packProblems() {
 		}
 		if mended {
 			c.report.Mended++
+			continue
+		}
+		if w.what == notHere {
+			c.report.Elsewhere++
 			continue
 		}
 		c.report.worn = append(c.report.worn, w)

@@ -71,6 +71,8 @@ type Point struct {
 	NewBytes      int64     `json:"new_bytes"`    // plain bytes of chunks that were new to the repository; set by Commit
 	StoredBytes   int64     `json:"stored_bytes"` // bytes that the run added to packs; set by Commit
 	Keep          Until     `json:"-"`            // marked to stay; from the chain
+
+	entry uint64 // that brought it; 0 where a checkpoint did
 }
 
 // Disk is one disk of a Point.
@@ -103,6 +105,9 @@ type Options struct {
 	// Compression is that of new data. What a repository holds can be read
 	// whatever it is.
 	Compression Compression
+	// OpenTier opens the store at a tier's location. Without it what lies in
+	// tiers cannot be read.
+	OpenTier func(ctx context.Context, location string) (blob.Store, error)
 }
 
 // Compression says how data is compressed.
@@ -117,12 +122,16 @@ const (
 
 // Repo is an open repository. Safe in parallel, but for Close.
 type Repo struct {
-	store blob.Store
+	store blob.Store // is tiers
+	tiers *blob.Tiers
 	id    [16]byte
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
 	ring  liveRing
 	cache string // directory of this repository's cache
+
+	openTier func(ctx context.Context, location string) (blob.Store, error)
+	mirrorOf string // the tier that the own store is; "" when it is the repository's own
 
 	compressor codec.Compressor // of new chunks
 

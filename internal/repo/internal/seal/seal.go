@@ -43,6 +43,7 @@ const (
 	Lease   = "HFLS"
 	Beat    = "HFBT"
 	Pin     = "HFPN"
+	Tier    = "HFTR"
 )
 
 var (
