@@ -362,6 +362,11 @@ func (m *carrier) note(format string, args ...any) {
 // send brings a pack to the tier.
 func (m *carrier) send(ctx context.Context, k task) error {
 	p, err := m.r.wholePack(ctx, m.r.store, k.name)
+	if errors.Is(err, ErrDamaged) { // the tier's copy may be better
+		if there, farErr := m.r.wholePack(ctx, m.far, k.name); farErr == nil {
+			p, err = there, nil
+		}
+	}
 	if err != nil {
 		return err
 	}

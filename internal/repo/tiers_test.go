@@ -1,0 +1,888 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/repo/internal/seal"
+)
+
+// all moves packs of any age.
+func all() MoveOptions { return MoveOptions{Before: time.Now().Add(time.Hour), Watch: -1} }
+
+// places opens tiers by their locations.
+type places map[string]blob.Store
+
+func (p places) open(_ context.Context, location string) (blob.Store, error) {
+	if s := p[location]; s != nil {
+		return s, nil
+	}
+	return nil, fmt.Errorf("nothing answers at %s", location)
+}
+
+// tiered opens a repository that finds its tiers; nil when it cannot be opened.
+func tiered(t *testing.T, own blob.Store, p places) *Repo {
+	t.Helper()
+	r, err := Open(ctx, own, secret, Options{Cache: cacheDir(t), OpenTier: p.open})
+	if err != nil {
+		t.Logf("open: %v", err)
+		return nil
+	}
+	t.Cleanup(func() { r.Close() })
+	return r
+}
+
+func mustTiered(t *testing.T, own blob.Store, p places) *Repo {
+	t.Helper()
+	r := tiered(t, own, p)
+	if r == nil {
+		t.FailNow()
+	}
+	return r
+}
+
+func addTier(t *testing.T, r *Repo, tier Tier, far blob.Store) {
+	t.Helper()
+	if err := r.AddTier(ctx, tier, far); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func move(t *testing.T, r *Repo, o MoveOptions) *MoveReport {
+	t.Helper()
+	report, err := r.Move(ctx, "far", o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return report
+}
+
+// farWorld is a repository with a tier "far", and nothing moved yet.
+type farWorld struct {
+	own, far *blob.Mem
+	at       places
+	r        *Repo
+	points   []*Point
+	contents map[PointID][]byte
+}
+
+func newFarWorld(t *testing.T) *farWorld {
+	w := &farWorld{own: new(blob.Mem), far: new(blob.Mem), contents: map[PointID][]byte{}}
+	w.at = places{"there": w.far}
+	create(t, w.own)
+	w.r = mustTiered(t, w.own, w.at)
+	w.add(t, "a", random(1, 8))
+	w.add(t, "b", slices.Concat(random(1, 3), random(2, 3)))
+	addTier(t, w.r, Tier{Name: "far", Location: "there", OlderThan: "14d"}, w.far)
+	return w
+}
+
+func (w *farWorld) add(t *testing.T, vm string, content []byte) *Point {
+	t.Helper()
+	p := mustSave(t, w.r, vm, content)
+	w.points = append(w.points, p)
+	w.contents[p.ID] = content
+	return p
+}
+
+// chunkPacks counts packs in one store that are not map packs.
+func chunkPacks(t *testing.T, r *Repo, s blob.Store) (chunks, nodes int) {
+	t.Helper()
+	held, err := r.held(ctx, r.current())
+	if err != nil {
+		t.Fatal(err)
+	}
+	there, err := listSizes(ctx, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range there {
+		if held[name].kind == 2 {
+			nodes++
+		} else {
+			chunks++
+		}
+	}
+	return chunks, nodes
+}
+
+func TestTierMove(t *testing.T) {
+	w := newFarWorld(t)
+	before := mustTiered(t, w.own, w.at) // has never heard of the move
+	if report := move(t, w.r, MoveOptions{Before: time.Now().Add(-time.Hour)}); report.Freed != 0 || report.Copied != 2 {
+		t.Errorf("nothing is so old, and two map packs were to be copied: %+v", report)
+	}
+	want, _ := chunkPacks(t, w.r, w.own)
+	dry := all()
+	dry.DryRun = true
+	planned := move(t, w.r, dry)
+	report := move(t, w.r, all())
+	if report.Freed != want || report.Copied != want || planned.Freed != want || planned.Copied != want || planned.FreedBytes != report.FreedBytes {
+		t.Errorf("%d packs were to go: %+v, planned %+v", want, report, planned)
+	}
+	if chunks, nodes := chunkPacks(t, w.r, w.own); chunks != 0 || nodes != 2 {
+		t.Errorf("the own store has %d chunk packs and %d map packs", chunks, nodes)
+	}
+	for _, r := range []*Repo{w.r, before, mustTiered(t, w.own, w.at)} {
+		for _, p := range w.points {
+			equal(t, r, p, w.contents[p.ID])
+		}
+		clean(t, r, true)
+	}
+	// What is new is made in the own store, and rests on what is in the tier.
+	w.add(t, "a", slices.Concat(random(1, 8), random(5, 1)))
+	if n := w.points[2].NewBytes; n > 3*ChunkSize {
+		t.Errorf("%d new bytes: what is in the tier was stored again", n)
+	}
+	infos, err := w.r.TierInfos(ctx)
+	if err != nil || len(infos) != 1 || infos[0].Points != 2 || infos[0].Packs != want+2 || infos[0].Only != want || infos[0].Problem != "" {
+		t.Errorf("%+v, %v", infos, err)
+	}
+	if again := move(t, w.r, MoveOptions{Before: time.Now().Add(-time.Hour)}); again.Copied != 1 {
+		t.Errorf("one new map pack was to be copied: %+v", again)
+	}
+}
+
+// The own store is lost whole: the tier opens on an empty machine, every point
+// that was moved is there, and it goes on as the repository.
+func TestTierOwnLost(t *testing.T) {
+	for _, copied := range []bool{false, true} {
+		w := newFarWorld(t)
+		o := all()
+		o.Copy = copied
+		if report := move(t, w.r, o); report.Freed > 0 == copied {
+			t.Errorf("%+v", report)
+		}
+		late := w.add(t, "late", random(9, 4))
+		w.own = nil // lost
+
+		r := mustTiered(t, w.far, w.at)
+		if r.Mirror() != "far" {
+			t.Fatalf("it is the mirror of %q", r.Mirror())
+		}
+		have := points(t, r)
+		if len(have) != 2 {
+			t.Fatalf("%d points", len(have))
+		}
+		for _, p := range have {
+			equal(t, r, &p, w.contents[p.ID])
+		}
+		clean(t, r, true)
+		if err := r.Pin(ctx, strings.Repeat("ab", 8), have[0].ID); err != nil {
+			t.Errorf("pin: %v", err)
+		}
+		if _, err := save(r, "x", random(1, 1), nil, nil); !errors.Is(err, ErrMirror) {
+			t.Errorf("backup: %v", err)
+		}
+		if err := r.Forget(ctx, []PointID{have[0].ID}, time.Now()); !errors.Is(err, ErrMirror) {
+			t.Errorf("forget: %v", err)
+		}
+		if _, err := r.Prune(ctx, unwatched); !errors.Is(err, ErrMirror) {
+			t.Errorf("prune: %v", err)
+		}
+		if _, err := r.AddPassphrase(ctx, "", []byte("another")); !errors.Is(err, ErrMirror) {
+			t.Errorf("add a passphrase: %v", err)
+		}
+		if _, err := r.Move(ctx, "far", all()); !errors.Is(err, ErrMirror) {
+			t.Errorf("move: %v", err)
+		}
+		if err := r.TakeOver(ctx); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range []*Repo{r, mustTiered(t, w.far, nil)} {
+			p := mustSave(t, r, "late", random(9, 4))
+			equal(t, r, p, w.contents[late.ID])
+			clean(t, r, true)
+		}
+		if report := prune(t, r, unwatched); len(report.Lost) > 0 {
+			t.Errorf("%+v", report)
+		}
+		for _, p := range have {
+			equal(t, r, &p, w.contents[p.ID])
+		}
+	}
+}
+
+// A machine that has seen more of the chain than the tier has says what it is.
+func TestTierBehind(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	cache := cacheDir(t)
+	o := Options{Cache: cache, OpenTier: w.at.open}
+	w.add(t, "late", random(9, 4))
+	r, err := Open(ctx, w.own, secret, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	_, err = Open(ctx, w.far, secret, o)
+	if !errors.Is(err, ErrRolledBack) || !strings.Contains(err.Error(), "tier far") || !strings.Contains(err.Error(), r.headPath()) {
+		t.Fatal(err)
+	}
+	if err := os.Remove(r.headPath()); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = Open(ctx, w.far, secret, o); err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+}
+
+// When the own store turns up again after the tier has taken its place, each
+// leaves the other alone.
+func TestTierForked(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	old := mustTiered(t, w.own, w.at)
+	forget(t, old, w.points[0].ID)
+	heir := mustTiered(t, w.far, nil)
+	if err := heir.TakeOver(ctx); err != nil {
+		t.Fatal(err)
+	}
+	p := mustSave(t, heir, "new", random(30, 3))
+	if _, err := old.Prune(ctx, unwatched); !errors.Is(err, ErrRefused) {
+		t.Errorf("prune: %v", err)
+	}
+	if _, err := old.Move(ctx, "far", all()); err == nil {
+		t.Error("moved")
+	}
+	// The same if it was cut off before it took the mark away.
+	number, master := old.ring.Newest()
+	if err := putSealed(ctx, w.far, tierName, seal.NewHeader(seal.Tier, 0, number, old.id), map[string]string{"name": "far"}, []byte("{}"), master, "tier"); err != nil {
+		t.Fatal(err)
+	}
+	old.tiers.Set(nil)
+	old.attach(old.current())
+	if _, err := old.Prune(ctx, unwatched); !errors.Is(err, ErrRefused) || !errors.Is(err, ErrForked) {
+		t.Errorf("prune: %v", err)
+	}
+	if _, err := old.Move(ctx, "far", all()); !errors.Is(err, ErrForked) {
+		t.Errorf("move: %v", err)
+	}
+	if err := old.AddTier(ctx, Tier{Name: "far2", Location: "elsewhere"}, w.far); !errors.Is(err, ErrForked) {
+		t.Errorf("add: %v", err)
+	}
+	r := mustTiered(t, w.far, places{"x": new(blob.Mem)})
+	equal(t, r, p, random(30, 3))
+	clean(t, r, true)
+	x := new(blob.Mem)
+	r.openTier = places{"x": x}.open
+	if err := r.AddTier(ctx, Tier{Name: "far", Location: "x"}, x); err != nil {
+		t.Errorf("a mark that was left over is in the way: %v", err)
+	}
+	if r := mustTiered(t, w.far, nil); r.Mirror() != "" {
+		t.Errorf("it is a mirror again")
+	}
+}
+
+// The own store under another name is not a tier: nothing may be moved "there".
+func TestTierIsItself(t *testing.T) {
+	own := new(blob.Mem)
+	r := create(t, own)
+	mustSave(t, r, "a", random(1, 4))
+	if err := r.AddTier(ctx, Tier{Name: "far", Location: "x"}, own); err == nil {
+		t.Fatal("added")
+	}
+	w := newFarWorld(t)
+	w.at["there"] = w.own // the location leads to another place now
+	w.r.tiers.Set(nil)
+	w.r.attach(w.r.current())
+	if _, err := w.r.Move(ctx, "far", all()); err == nil {
+		t.Fatal("moved")
+	}
+	other, foreign := create(t, new(blob.Mem)), new(blob.Mem)
+	other.openTier = places{"x": foreign}.open
+	addTier(t, other, Tier{Name: "far", Location: "x"}, foreign)
+	if err := r.AddTier(ctx, Tier{Name: "far", Location: "x"}, foreign); !errors.Is(err, ErrForked) {
+		t.Errorf("a tier of another repository: %v", err)
+	}
+}
+
+// A tier that cannot be reached costs what lies there, and nothing else.
+func TestTierUnreachable(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	forget(t, w.r, w.points[1].ID)
+	for what, at := range map[string]places{"closed": nil, "not mounted": {"there": new(blob.Mem)}} {
+		r := mustTiered(t, w.own, at)
+		if err := differs(r, w.points[0], w.contents[w.points[0].ID]); err == nil || errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "tier far") {
+			t.Errorf("%s: read: %v", what, err)
+		}
+		p, err := save(r, "a", w.contents[w.points[0].ID], nil, nil)
+		if err != nil || p.NewBytes > ChunkSize {
+			t.Errorf("%s: backup: %v, %+v", what, err, p)
+		}
+		if _, err := r.Prune(ctx, unwatched); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "tier far") {
+			t.Errorf("%s: prune: %v", what, err)
+		}
+		if _, err := r.Check(ctx, CheckOptions{ReadData: true}); err == nil || !strings.Contains(err.Error(), "tier far") {
+			t.Errorf("%s: check: %v", what, err)
+		}
+		if n := len(r.current().bad); n > 0 {
+			t.Errorf("%s: %d items are distrusted", what, n)
+		}
+		if infos, err := r.TierInfos(ctx); err != nil || len(infos) != 1 || infos[0].Problem == "" {
+			t.Errorf("%s: %+v, %v", what, infos, err)
+		}
+		if _, err := r.RemoveTier(ctx, "far", RemoveTierOptions{}); !errors.Is(err, ErrOnlyThere) {
+			t.Errorf("%s: remove: %v", what, err)
+		}
+	}
+	clean(t, mustTiered(t, w.own, w.at), true)
+
+	// When it is lost for good it can be given up, and what was in it is
+	// stored again.
+	r := mustTiered(t, w.own, nil)
+	if _, err := r.RemoveTier(ctx, "far", RemoveTierOptions{Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	if report, err := r.Check(ctx, CheckOptions{}); err != nil || len(report.Problems) == 0 {
+		t.Errorf("%+v, %v", report, err)
+	}
+	mustSave(t, r, "a", w.contents[w.points[0].ID])
+	prune(t, r, unwatched)
+	clean(t, r, true)
+	equal(t, r, w.points[0], w.contents[w.points[0].ID])
+}
+
+// A copy in the own store that is damaged is made up for by that in the tier,
+// and the other way round.
+func TestTierDamagedCopy(t *testing.T) {
+	w := newFarWorld(t)
+	o := all()
+	o.Copy = true
+	move(t, w.r, o)
+	for _, s := range []*blob.Mem{w.own, w.far} {
+		damaged := s.Clone()
+		for i, err := range s.List(ctx, packsPrefix) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			damaged.Damage(i.Name, func(p []byte) []byte { p[len(p)/2] ^= 1; p[70] ^= 1; return p })
+		}
+		own, at := w.own, places{"there": damaged}
+		if s == w.own {
+			own, at = damaged, w.at
+		}
+		r := mustTiered(t, own, at)
+		for _, p := range w.points {
+			equal(t, r, p, w.contents[p.ID])
+		}
+		// Nothing is deleted on the word of a copy that is not right.
+		report, err := r.Move(ctx, "far", all())
+		if s == w.far && (err != nil || report.Freed > 0 || len(report.Notes) == 0) {
+			t.Errorf("%+v, %v", report, err)
+		} else if s == w.own && (err != nil || report.Freed == 0) {
+			t.Errorf("%+v, %v", report, err)
+		}
+		for _, p := range w.points {
+			equal(t, r, p, w.contents[p.ID])
+		}
+	}
+}
+
+func TestTierBackAndRemove(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	if removal, err := w.r.RemoveTier(ctx, "far", RemoveTierOptions{DryRun: true}); !errors.Is(err, ErrOnlyThere) || removal.Only == 0 {
+		t.Errorf("%+v, %v", removal, err)
+	}
+	chunks, _ := chunkPacks(t, w.r, w.far)
+	back := MoveOptions{Back: true, Watch: -1}
+	dry := back
+	dry.DryRun = true
+	planned := move(t, w.r, dry)
+	report := move(t, w.r, back)
+	if report.Copied != chunks || planned.Copied != chunks || report.Freed != chunks+2 || planned.Freed != chunks+2 {
+		t.Errorf("%+v, planned %+v", report, planned)
+	}
+	if n, _ := stored(t, w.far, packsPrefix); n != 0 {
+		t.Errorf("%d packs are left", n)
+	}
+	for _, p := range w.points {
+		equal(t, w.r, p, w.contents[p.ID])
+	}
+	if _, err := w.r.RemoveTier(ctx, "far", RemoveTierOptions{Watch: -1}); err != nil {
+		t.Fatal(err)
+	}
+	r := mustTiered(t, w.own, nil)
+	clean(t, r, true)
+	if _, err := r.Move(ctx, "far", all()); !errors.Is(err, ErrNoTier) {
+		t.Error(err)
+	}
+	// It can come back under the same name, and is filled again.
+	w.r = mustTiered(t, w.own, w.at)
+	addTier(t, w.r, Tier{Name: "far", Location: "there"}, w.far)
+	move(t, w.r, all())
+	clean(t, w.r, true)
+	alone := mustTiered(t, w.far, nil)
+	clean(t, alone, true)
+}
+
+// What moves packs one way and what moves them the other way exclude one
+// another, and a dead run is found out.
+func TestTierTwoDirections(t *testing.T) {
+	w := newFarWorld(t)
+	mover, err := w.r.begin(ctx, RandomID(), "far")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mover.Close()
+	other := mustTiered(t, w.own, w.at)
+	move(t, other, all()) // the same way: fine
+	if _, err := other.Move(ctx, "far", MoveOptions{Back: true, Watch: -1}); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), mover.lease) {
+		t.Fatalf("back: %v", err)
+	}
+	if chunks, _ := chunkPacks(t, w.r, w.far); chunks == 0 {
+		t.Fatal("packs were deleted")
+	}
+	// The one from before finds itself stopped.
+	m := &carrier{r: w.r, o: all(), run: mover, tier: "far"}
+	if err := m.still(ctx); !errors.Is(err, ErrBusy) {
+		t.Errorf("still: %v", err)
+	}
+	if _, err := other.RemoveTier(ctx, "far", RemoveTierOptions{Watch: -1, Force: true}); !errors.Is(err, ErrBusy) {
+		t.Errorf("remove: %v", err)
+	}
+	mover.fail(errClosed) // it beats no more
+	report, err := other.Move(ctx, "far", MoveOptions{Back: true, Watch: 100 * time.Millisecond})
+	if err != nil || !slices.Equal(report.Revoked, []string{mover.lease}) || report.Freed == 0 {
+		t.Errorf("%+v, %v", report, err)
+	}
+	if err := m.still(ctx); err == nil {
+		t.Error("a revoked run goes on")
+	}
+}
+
+// Prune moves what points need into new packs and deletes the old ones: what was
+// whole in the tier stays so.
+func TestTierPrune(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	forget(t, w.r, w.points[0].ID) // of whose pack b needs three chunks
+	report := prune(t, w.r, unwatched)
+	if report.Rewritten == 0 || report.Removed == 0 || len(report.Lost) > 0 {
+		t.Fatalf("%+v", report)
+	}
+	for _, r := range []*Repo{w.r, mustTiered(t, w.own, w.at), mustTiered(t, w.far, nil)} {
+		have := points(t, r)
+		if len(have) != 1 || have[0].ID != w.points[1].ID {
+			t.Fatalf("%+v", have)
+		}
+		equal(t, r, &have[0], w.contents[have[0].ID])
+		clean(t, r, true)
+	}
+	held, err := w.r.held(ctx, w.r.current())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []blob.Store{w.own, w.far} {
+		there, err := listSizes(ctx, s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name := range there {
+			if _, ok := held[name]; !ok {
+				t.Errorf("%s stayed", packName(name))
+			}
+		}
+	}
+}
+
+// Keys that were changed are changed in the tier as well.
+func TestTierKeys(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	slots, err := w.r.Slots(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.r.RotateRoot(ctx, [][]byte{secret}); err != nil {
+		t.Fatal(err)
+	}
+	w.add(t, "a", random(40, 2))
+	move(t, w.r, all())
+	r := mustTiered(t, w.far, nil)
+	for _, p := range w.points {
+		equal(t, r, p, w.contents[p.ID])
+	}
+	if _, err := w.far.Get(ctx, slotName(slots[0].ID), 0, -1); !errors.Is(err, blob.ErrNotExist) {
+		t.Errorf("a key slot that was removed is still in the tier: %v", err)
+	}
+}
+
+func TestTierKeyless(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	for what, s := range map[string]blob.Store{"own": w.own, "tier": w.far} {
+		report, err := CheckKeyless(ctx, s, "", CheckOptions{ReadData: true})
+		if err != nil || len(report.Problems) > 0 || (report.Elsewhere > 0) != (what == "own") {
+			t.Errorf("%s: %+v, %v", what, report, err)
+		}
+	}
+}
+
+// everyTierCall runs a scenario once for each change that it makes to either
+// store, with the power cut at it.
+func everyTierCall(t *testing.T, w *farWorld, whole []PointID, scenario func(r *Repo, far blob.Store)) {
+	run := func(own, far *blob.Mem, at int, fault blobtest.Fault) int {
+		o := cutAt(own, at, fault)
+		f := writes{&blobtest.Faulty{Inner: far}, o.changes}
+		if r := tiered(t, o, places{"there": f}); r != nil {
+			scenario(r, f)
+		}
+		return o.changes.Calls()
+	}
+	n := run(w.own.Clone(), w.far.Clone(), 0, blobtest.Before)
+	step := 1
+	if testing.Short() {
+		step = 7
+	}
+	for at := 1; at <= n; at += step {
+		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
+			own, far := w.own.Clone(), w.far.Clone()
+			run(own, far, at, fault)
+			w.proves(t, fmt.Sprintf("cut at change %d/%d", at, fault), own, far, whole)
+		}
+	}
+	t.Logf("%d changes, two ways each", n)
+}
+
+// proves that everything is there, with both stores and, as far as it was whole
+// in the tier, with that alone; and that work goes on.
+func (w *farWorld) proves(t *testing.T, what string, own, far *blob.Mem, whole []PointID) {
+	t.Helper()
+	at := places{"there": far}
+	if len(whole) > 0 {
+		alone := mustTiered(t, far, nil)
+		for _, id := range whole {
+			if p, ok := alone.current().points[id]; ok {
+				if err := differs(alone, &p, w.contents[id]); err != nil {
+					t.Fatalf("%s: in the tier alone: %v", what, err)
+				}
+			} else if _, ok := alone.current().forgotten[id]; !ok {
+				t.Fatalf("%s: in the tier alone: point %s is gone", what, id)
+			}
+		}
+	} else if _, err := far.Get(ctx, configName, 0, 1); err == nil {
+		mustTiered(t, far, nil)
+	}
+	check := func(r *Repo) {
+		t.Helper()
+		for _, p := range points(t, r) {
+			if err := differs(r, &p, w.contents[p.ID]); err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+		}
+		clean(t, r, true)
+	}
+	r := mustTiered(t, own, at)
+	check(r)
+	for session := range mustLeases(t, r) { // the machine that died is known to be dead
+		if err := r.EndLease(ctx, session); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r.current().tier("far") == nil {
+		addTier(t, r, Tier{Name: "far", Location: "there"}, far)
+	}
+	move(t, r, all())
+	if report := prune(t, r, unwatched); report.Waiting > 0 || len(report.Lost) > 0 {
+		t.Fatalf("%s: prune: %+v", what, report)
+	}
+	check(r)
+	alone := mustTiered(t, far, nil)
+	if a, b := len(points(t, alone)), len(points(t, r)); a != b {
+		t.Fatalf("%s: %d points in the tier, %d in all", what, a, b)
+	}
+	check(alone)
+}
+
+func TestTierMovePowerLoss(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	whole := []PointID{w.points[0].ID, w.points[1].ID}
+	w.add(t, "c", random(3, 4))
+	w.add(t, "d", random(4, 4))
+	everyTierCall(t, w, whole, func(r *Repo, _ blob.Store) { r.Move(ctx, "far", all()) })
+}
+
+func TestTierAddPowerLoss(t *testing.T) {
+	w := &farWorld{own: new(blob.Mem), far: new(blob.Mem), contents: map[PointID][]byte{}}
+	w.r = create(t, w.own)
+	w.add(t, "a", random(1, 4))
+	everyTierCall(t, w, nil, func(r *Repo, far blob.Store) {
+		if r.AddTier(ctx, Tier{Name: "far", Location: "there"}, far) == nil {
+			r.Move(ctx, "far", all())
+		}
+	})
+}
+
+// Prune with rewriting, after which a move brings the rest.
+func TestTierPrunePowerLoss(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	whole := []PointID{w.points[0].ID, w.points[1].ID}
+	everyTierCall(t, w, whole, func(r *Repo, _ blob.Store) {
+		if r.Forget(ctx, whole[:1], time.Now()) == nil {
+			r.Prune(ctx, unwatched)
+		}
+	})
+}
+
+func TestTierBackPowerLoss(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	everyTierCall(t, w, nil, func(r *Repo, _ blob.Store) {
+		if _, err := r.Move(ctx, "far", MoveOptions{Back: true, Watch: -1}); err == nil {
+			r.RemoveTier(ctx, "far", RemoveTierOptions{Watch: -1})
+		}
+	})
+}
+
+// The tier takes the place of the own store, cut off anywhere.
+func TestTierTakeOverPowerLoss(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	for at := 1; at < 20; at++ {
+		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
+			far := w.far.Clone()
+			s := cutAt(far, at, fault)
+			if r := tiered(t, s, nil); r != nil && r.TakeOver(ctx) == nil {
+				save(r, "x", random(50, 2), nil, nil)
+			}
+			r := mustTiered(t, far, nil)
+			if r.Mirror() != "" {
+				if err := r.TakeOver(ctx); err != nil {
+					t.Fatal(err)
+				}
+			}
+			mustSave(t, r, "y", random(51, 2))
+			for _, p := range w.points {
+				equal(t, r, p, w.contents[p.ID])
+			}
+			clean(t, r, true)
+		}
+	}
+}
+
+// A random history of backups, forgets, moves to and fro, prunes and crashes by
+// two writers, against a map. Whatever was whole in the tier is, in the tier
+// alone, until it is brought back.
+func TestTierHistory(t *testing.T) {
+	rng := rng(t)
+	rounds := 60
+	if testing.Short() {
+		rounds = 25
+	}
+	if os.Getenv("HOLDFAST_SOAK") != "" {
+		rounds = 3000
+	}
+	w := newFarWorld(t)
+	repos := []*Repo{w.r, mustTiered(t, w.own, w.at)}
+	model := maps.Clone(w.contents)
+	whole := map[PointID]bool{}
+	pool := random(1, 40)
+	image := func() (p []byte) {
+		for range 1 + rng.IntN(10) {
+			c := rng.IntN(40)
+			p = append(p, pool[c*ChunkSize:(c+1)*ChunkSize]...)
+		}
+		return p
+	}
+	live := func() []PointID { return slices.Sorted(maps.Keys(model)) }
+	for range rounds {
+		r := repos[rng.IntN(2)]
+		at := 0
+		if rng.IntN(4) == 0 {
+			at = 1 + rng.IntN(60)
+		}
+		o := cutAt(w.own, at, blobtest.Fault(rng.IntN(2)))
+		f := writes{&blobtest.Faulty{Inner: w.far}, o.changes}
+		if at > 0 {
+			if r = tiered(t, o, places{"there": f}); r == nil {
+				continue
+			}
+		}
+		back := false
+		var err error
+		switch k := rng.IntN(10); {
+		case k < 4:
+			content := image()
+			var p *Point
+			if p, err = save(r, "vm", content, nil, nil); p != nil {
+				model[p.ID] = content
+			}
+			w.contents[""] = content // of a commit that failed after its work
+		case k < 5 && len(model) > 0:
+			id := live()[rng.IntN(len(model))]
+			if err = r.Forget(ctx, []PointID{id}, time.Now()); err == nil {
+				delete(model, id)
+			}
+		case k < 7:
+			o := all()
+			if rng.IntN(3) == 0 {
+				o.Copy, o.ReadBack = true, ReadSample
+			}
+			if _, err = r.Move(ctx, "far", o); err == nil {
+				for id := range model {
+					whole[id] = true
+				}
+			}
+		case k < 8 && rng.IntN(2) == 0:
+			back = true
+			clear(whole)
+			_, err = r.Move(ctx, "far", MoveOptions{Back: true, Watch: -1})
+		default:
+			_, err = r.Prune(ctx, unwatched)
+		}
+		if err != nil && at == 0 {
+			t.Fatalf("back %v: %v", back, err)
+		}
+		r = repos[0]
+		have := points(t, r)
+		if at > 0 {
+			for session := range mustLeases(t, r) {
+				if err := r.revoke(ctx, session); err != nil {
+					t.Fatal(err)
+				}
+			}
+			now := map[PointID][]byte{}
+			for _, p := range have {
+				if now[p.ID] = model[p.ID]; now[p.ID] == nil {
+					now[p.ID] = w.contents[""]
+				}
+			}
+			for id := range model {
+				if now[id] == nil && r.current().forgotten[id].ID == "" {
+					t.Fatalf("point %s is gone", id)
+				}
+			}
+			model = now
+		}
+		alone := mustTiered(t, w.far, nil)
+		points(t, repos[1])
+		for _, p := range have {
+			if err := differs(repos[1], &p, model[p.ID]); err != nil {
+				t.Fatal(err)
+			}
+			if _, inMirror := alone.current().points[p.ID]; whole[p.ID] {
+				if err := differs(alone, &p, model[p.ID]); err != nil || !inMirror {
+					t.Fatalf("in the tier alone: %v, %v", err, inMirror)
+				}
+			}
+		}
+	}
+	prune(t, w.r, unwatched)
+	clean(t, mustTiered(t, w.own, w.at), true)
+	t.Logf("%d points, chain of %d", len(model), w.r.current().head)
+}
+
+// Writers, prunes, two movers, somebody who empties, readers and checks at once.
+func TestTierParallel(t *testing.T) {
+	w := newFarWorld(t)
+	pool := random(1, 30)
+	var mu sync.Mutex
+	contents := map[PointID][]byte{}
+	var writers, others sync.WaitGroup
+	stop := make(chan struct{})
+	for i := range 2 {
+		r := mustTiered(t, w.own, w.at)
+		writers.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(i), 5))
+			for n := range 10 {
+				var content []byte
+				for range 1 + rng.IntN(8) {
+					c := rng.IntN(30)
+					content = append(content, pool[c*ChunkSize:(c+1)*ChunkSize]...)
+				}
+				p, err := save(r, "vm", content, nil, nil)
+				if errors.Is(err, ErrPruned) {
+					continue
+				} else if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				contents[p.ID] = content
+				mu.Unlock()
+				if n%2 == 0 {
+					if err := r.Forget(ctx, []PointID{p.ID}, time.Now()); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	loop := func(f func() error) {
+		others.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := f(); err != nil && !errors.Is(err, ErrBusy) {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for i := range 2 {
+		r := mustTiered(t, w.own, w.at)
+		loop(func() error { _, err := r.Move(ctx, "far", all()); return err })
+		if i == 0 {
+			loop(func() error { _, err := r.Move(ctx, "far", MoveOptions{Back: true, Watch: -1}); return err })
+		}
+	}
+	pruner, reader, checker := mustTiered(t, w.own, w.at), mustTiered(t, w.own, w.at), mustTiered(t, w.own, w.at)
+	loop(func() error { _, err := pruner.Prune(ctx, unwatched); return err })
+	loop(func() error {
+		for _, p := range points(t, reader) {
+			mu.Lock()
+			content := contents[p.ID]
+			mu.Unlock()
+			if content == nil {
+				continue
+			}
+			if err := differs(reader, &p, content); err != nil {
+				if reader.refresh(ctx); reader.current().forgotten[p.ID].ID == "" {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	loop(func() error {
+		report, err := checker.Check(ctx, CheckOptions{})
+		if err == nil && len(report.Problems) > 0 {
+			err = fmt.Errorf("check: %+v", report.Problems)
+		}
+		return err
+	})
+	writers.Wait()
+	close(stop)
+	others.Wait()
+	move(t, w.r, all())
+	prune(t, w.r, unwatched)
+	for _, r := range []*Repo{w.r, mustTiered(t, w.own, w.at), mustTiered(t, w.far, nil)} {
+		for _, p := range points(t, r) {
+			if content := contents[p.ID]; content != nil {
+				equal(t, r, &p, content)
+			}
+		}
+		clean(t, r, true)
+	}
+}
