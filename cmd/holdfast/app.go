@@ -137,7 +137,7 @@ func (a *app) root() *cobra.Command {
 	)
 	root.AddCommand(
 		a.initCommand(), a.vms(), a.backup(), a.copy(), a.check(), a.repair(),
-		a.forget(), a.keep(), a.prune(), a.key(), a.mechanic(),
+		a.forget(), a.keep(), a.prune(), a.tier(), a.key(), a.mechanic(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
 		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(), a.unpin(),
 		a.version(), a.serve(), a.thaw(),

@@ -123,7 +123,7 @@ func (n *Node) options() (repo.Options, error) {
 	if err != nil {
 		return repo.Options{}, err
 	}
-	return repo.Options{Cache: filepath.Join(d.Path(), "cache"), Compression: n.o.Compression, Key: n.key}, nil
+	return repo.Options{Cache: filepath.Join(d.Path(), "cache"), Compression: n.o.Compression, Key: n.key, OpenTier: n.openStore}, nil
 }
 
 // Repo is the repository, opened when first needed.

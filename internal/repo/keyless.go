@@ -272,7 +272,7 @@ func (k *keyless) stored(ctx context.Context) error {
 			} else if what.first != "" {
 				k.report.Transient = append(k.report.Transient, Problem{Object: packName(name), What: what.first})
 			}
-			if read[name] {
+			if read[name] && what.second != "missing" {
 				seen.note(name)
 				k.report.ReadPacks++
 				k.report.ReadBytes += int64(p)

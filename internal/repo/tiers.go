@@ -58,7 +58,7 @@ func (s *state) takeTiers(n uint64, tiers []Tier) {
 	for i := range tiers {
 		t := &tiers[i]
 		t.Turned = n
-		if old := s.tier(t.Name); old != nil && old.Back == t.Back && old.Location == t.Location {
+		if old := s.tier(t.Name); old != nil && old.Back == t.Back {
 			t.Turned = old.Turned
 		}
 	}
@@ -160,15 +160,24 @@ func (r *Repo) Tiers(ctx context.Context) ([]Tier, error) {
 
 var tierNames = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
 
-// AddTier makes a store a tier. The store is empty, or was this tier before.
+// AddTier makes a store a tier. The store is empty, or was this tier before. For
+// the name of a tier that there is, its location and policy are changed.
 func (r *Repo) AddTier(ctx context.Context, t Tier, far blob.Store) error {
 	if !tierNames.MatchString(t.Name) {
 		return fmt.Errorf("%q is no name for a tier: up to 32 of a-z, 0-9 and -", t.Name)
 	}
 	add := func(tiers []Tier) ([]Tier, error) {
-		for _, o := range tiers {
-			if o.Name == t.Name || o.Location == t.Location {
-				return nil, fmt.Errorf("%w: %s at %s", ErrTierExists, o.Name, o.Location)
+		for i, o := range tiers {
+			switch {
+			case o.Name == t.Name:
+				t.Back, t.Turned = o.Back, o.Turned
+				if o == t {
+					return nil, errNothing
+				}
+				tiers[i] = t
+				return tiers, nil
+			case o.Location == t.Location:
+				return nil, fmt.Errorf("%w: %s", ErrTierExists, o.Name)
 			}
 		}
 		t.Back = false
@@ -177,10 +186,10 @@ func (r *Repo) AddTier(ctx context.Context, t Tier, far blob.Store) error {
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if _, err := add(r.current().tiers); err != nil {
+	if _, err := add(slices.Clone(r.current().tiers)); err != nil && !errors.Is(err, errNothing) {
 		return err
 	}
-	if err := r.claimStore(ctx, t.Name, far); err != nil {
+	if err := r.claimStore(ctx, t.Name, far, r.current().tier(t.Name) != nil); err != nil {
 		return err
 	}
 	if err := r.changeTiers(ctx, add); err != nil {
@@ -190,8 +199,8 @@ func (r *Repo) AddTier(ctx context.Context, t Tier, far blob.Store) error {
 	return err
 }
 
-// claimStore marks a store as a tier.
-func (r *Repo) claimStore(ctx context.Context, name string, far blob.Store) error {
+// claimStore marks a store as a tier. One that is known must be marked already.
+func (r *Repo) claimStore(ctx context.Context, name string, far blob.Store, known bool) error {
 	if r.mirrorOf != "" {
 		return ErrMirror
 	}
@@ -202,6 +211,9 @@ func (r *Repo) claimStore(ctx context.Context, name string, far blob.Store) erro
 	err := r.sound(ctx, name, far)
 	if !errors.Is(err, blob.ErrNotExist) {
 		return err
+	}
+	if known {
+		return fmt.Errorf("%w: nothing of tier %s is there; is it mounted?", ErrForked, name)
 	}
 	for i, err := range far.List(ctx, "") {
 		if err != nil {
