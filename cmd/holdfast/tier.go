@@ -199,7 +199,7 @@ func movesText(reports []*repo.MoveReport) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	if len(reports) == 0 {
-		line("No tiers to move to: \"holdfast tier add\" adds one.")
+		line("No tier to move to.")
 	}
 	for _, r := range reports {
 		verb, to, from := "", "there", "here"

@@ -125,6 +125,9 @@ func (p *pruner) mirrors(ctx context.Context, tiers []string) error {
 
 // reachable refuses to prune when what a tier holds cannot be known.
 func (p *pruner) reachable(ctx context.Context) error {
+	if p.r.mirrorOf != "" {
+		return p.r.isMirror
+	}
 	err := p.r.soundTiers(ctx)
 	if err != nil && ctx.Err() == nil {
 		return refuse("%w; see to that, or remove the tier", err)

@@ -78,7 +78,7 @@ func (r *Repo) Move(ctx context.Context, tier string, o MoveOptions) (*MoveRepor
 	}
 	m := &carrier{r: r, o: o, tier: tier, report: MoveReport{Tier: tier, DryRun: o.DryRun, Back: o.Back, Revoked: []string{}}}
 	if r.mirrorOf != "" {
-		return nil, ErrMirror
+		return nil, r.isMirror
 	}
 	if err := r.refresh(ctx); err != nil {
 		return nil, err

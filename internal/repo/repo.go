@@ -132,6 +132,7 @@ type Repo struct {
 
 	openTier func(ctx context.Context, location string) (blob.Store, error)
 	mirrorOf string // the tier that the own store is; "" when it is the repository's own
+	isMirror error  // why nothing is written then
 
 	compressor codec.Compressor // of new chunks
 

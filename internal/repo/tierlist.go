@@ -245,7 +245,7 @@ type TierRemoval struct {
 // with ErrOnlyThere.
 func (r *Repo) RemoveTier(ctx context.Context, name string, o RemoveTierOptions) (*TierRemoval, error) {
 	if r.mirrorOf != "" {
-		return nil, ErrMirror
+		return nil, r.isMirror
 	}
 	if err := r.refresh(ctx); err != nil {
 		return nil, err

@@ -105,9 +105,9 @@ func (r *Repo) settle(ctx context.Context) error {
 	}
 	if r.state.tier(name) != nil { // else it was, and TakeOver was cut off after its entry
 		r.mirrorOf = name
-		why := fmt.Errorf("%w (%s), and holds a copy of it up to entry %d: it can be restored from, but not written to. Only when the repository's own store is lost for good: \"holdfast tier remove %s --take-over\" makes this one take its place",
-			ErrMirror, r.mirrorOf, r.state.head, r.mirrorOf)
-		r.tiers.Seal(why, "pins/")
+		r.isMirror = fmt.Errorf("%w (%s): it can be restored from, but not written to. When the repository's own store is lost for good, \"holdfast tier remove %s --take-over\" makes this one take its place",
+			ErrMirror, r.mirrorOf, r.mirrorOf)
+		r.tiers.Seal(r.isMirror, "pins/")
 	}
 	r.attach(r.state)
 	return nil
@@ -202,7 +202,7 @@ func (r *Repo) AddTier(ctx context.Context, t Tier, far blob.Store) error {
 // claimStore marks a store as a tier. One that is known must be marked already.
 func (r *Repo) claimStore(ctx context.Context, name string, far blob.Store, known bool) error {
 	if r.mirrorOf != "" {
-		return ErrMirror
+		return r.isMirror
 	}
 	// What TakeOver left when it was cut off.
 	if err := r.tiers.Own().Delete(ctx, tierName); err != nil && !errors.Is(err, blob.ErrNotExist) {
@@ -213,7 +213,7 @@ func (r *Repo) claimStore(ctx context.Context, name string, far blob.Store, know
 		return err
 	}
 	if known {
-		return fmt.Errorf("%w: nothing of tier %s is there; is it mounted?", ErrForked, name)
+		return fmt.Errorf("nothing of tier %s is there: is it mounted?", name)
 	}
 	for i, err := range far.List(ctx, "") {
 		if err != nil {
@@ -261,7 +261,7 @@ func (r *Repo) changeTiers(ctx context.Context, change func([]Tier) ([]Tier, err
 // own store under another name, and its mirror is of the own chain.
 func (r *Repo) tierStore(ctx context.Context, name string) (blob.Store, error) {
 	if r.mirrorOf != "" {
-		return nil, ErrMirror
+		return nil, r.isMirror
 	}
 	far, err := r.tiers.At(ctx, name)
 	if err != nil {
