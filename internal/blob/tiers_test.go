@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -249,5 +250,29 @@ func TestTiersLock(t *testing.T) {
 		if got, err := l.Locked(ctx, name); locks && (err != nil || !got.Holds(want)) {
 			t.Errorf("%s: %v, %v", name, got, err)
 		}
+	}
+}
+
+// bringing brings an object back when it is listed: what the own store's listing
+// has just not shown is not in the tier any more.
+type bringing struct {
+	*blob.Mem
+	own blob.Store
+}
+
+func (b bringing) List(ctx context.Context, prefix string) iter.Seq2[blob.Info, error] {
+	if err := errors.Join(b.own.Put(ctx, "packs/1", nil), b.Delete(ctx, "packs/1")); err != nil {
+		panic(err)
+	}
+	return b.Mem.List(ctx, prefix)
+}
+
+func TestTiersListWhileBrought(t *testing.T) {
+	own, far := new(blob.Mem), new(blob.Mem)
+	if err := far.Put(context.Background(), "packs/1", nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := names(t, tiers(t, own, "packs/", bringing{far, own}), "packs/"); !slices.Equal(got, []string{"packs/1"}) {
+		t.Errorf("listed %v", got)
 	}
 }

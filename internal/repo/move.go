@@ -110,6 +110,8 @@ type carrier struct {
 	// here is the own store's listing, there the tier's.
 	here, there map[[32]byte]int64
 
+	total int64 // bytes to deal with
+
 	mu     sync.Mutex // guards what follows, while packs are moved
 	done   int64
 	report MoveReport
@@ -123,8 +125,18 @@ type task struct {
 }
 
 // turn makes packs of the tier go one way and waits for the runs that may still
-// move them the other way (docs/format.md §6.4).
+// move them the other way (docs/format.md §6.4). Before it turns them it lets
+// all runs end: they need not be stopped for this one.
 func (r *Repo) turn(ctx context.Context, run *Run, tier string, back bool, watch time.Duration, revoked *[]string) error {
+	if err := r.refresh(ctx); err != nil {
+		return err
+	}
+	if t := r.current().tier(tier); t != nil && t.Back != back {
+		err := r.outwait(ctx, tier, watch, revoked, func(session string, _ Lease) bool { return session != run.lease })
+		if err != nil {
+			return err
+		}
+	}
 	err := r.changeTiers(ctx, func(tiers []Tier) ([]Tier, error) {
 		for i := range tiers {
 			if t := &tiers[i]; t.Name == tier && t.Back != back {
@@ -139,12 +151,19 @@ func (r *Repo) turn(ctx context.Context, run *Run, tier string, back bool, watch
 	if err != nil {
 		return err
 	}
+	return r.outwait(ctx, tier, watch, revoked, func(session string, l Lease) bool {
+		t := r.current().tier(tier)
+		return session != run.lease && t != nil && l.Chain < t.Turned
+	})
+}
+
+// outwait waits for those of the runs on a tier that matter to end, and ends
+// dead ones. Who is left is told in the error.
+func (r *Repo) outwait(ctx context.Context, tier string, watch time.Duration, revoked *[]string, matters func(string, Lease) bool) error {
 	others := func() (map[string]Lease, error) {
-		s := r.current()
-		open, err := r.leases(ctx, s)
+		open, err := r.leases(ctx, r.current())
 		maps.DeleteFunc(open, func(session string, l Lease) bool {
-			t := s.tier(tier)
-			return session == run.lease || t == nil || l.Tier != tier && l.Tier != "?" || l.Chain >= t.Turned
+			return l.Tier != tier && l.Tier != "?" || !matters(session, l)
 		})
 		return open, err
 	}
@@ -206,6 +225,7 @@ func (m *carrier) move(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		m.total = sum(tasks)
 		return m.each(ctx, tasks, m.bring)
 	}
 	s, err := m.r.mirror(ctx, m.tier)
@@ -216,8 +236,7 @@ func (m *carrier) move(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	total := append(slices.Clone(nodes), chunks...)
-	m.o.Report(0, sum(total))
+	m.total = sum(nodes) + sum(chunks)
 	// A point that moves needs its maps there first.
 	if err := m.each(ctx, nodes, m.send); err != nil {
 		return err
@@ -317,7 +336,6 @@ func (m *carrier) toCome(ctx context.Context) (tasks []task, err error) {
 		}
 	}
 	slices.SortFunc(tasks, func(a, b task) int { return bytes.Compare(a.name[:], b.name[:]) })
-	m.o.Report(0, sum(tasks))
 	return tasks, nil
 }
 
@@ -329,7 +347,7 @@ func sum(tasks []task) (n int64) {
 }
 
 func (m *carrier) each(ctx context.Context, tasks []task, do func(context.Context, task) error) error {
-	total := m.done + sum(tasks)
+	m.o.Report(m.done, m.total)
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(moving)
 	for _, k := range tasks {
@@ -346,7 +364,7 @@ func (m *carrier) each(ctx context.Context, tasks []task, do func(context.Contex
 			m.done += k.size
 			done := m.done
 			m.mu.Unlock()
-			m.o.Report(done, total)
+			m.o.Report(done, m.total)
 			return nil
 		})
 	}
