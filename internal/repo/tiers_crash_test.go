@@ -160,6 +160,25 @@ func TestTierTakeOverPowerLoss(t *testing.T) {
 	}
 }
 
+// briefly opens a repository until done is called; nil when that fails.
+func briefly(t *testing.T, own blob.Store, p places) (r *Repo, done func()) {
+	t.Helper()
+	cache, err := os.MkdirTemp("/dev/shm", "holdfast-test-")
+	if err != nil {
+		cache = t.TempDir()
+	}
+	r, err = Open(ctx, own, secret, Options{Cache: cache, OpenTier: p.open})
+	if err != nil {
+		os.RemoveAll(cache)
+		return nil, func() {}
+	}
+	return r, func() {
+		if err := errors.Join(r.Close(), os.RemoveAll(cache)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // A random history of backups, forgets, moves to and fro, prunes and crashes by
 // two writers, against a map. Whatever was whole in the tier is, in the tier
 // alone, until it is brought back.
@@ -193,8 +212,9 @@ func TestTierHistory(t *testing.T) {
 		}
 		o := cutAt(w.own, at, blobtest.Fault(rng.IntN(2)))
 		f := writes{&blobtest.Faulty{Inner: w.far}, o.changes}
+		done := func() {}
 		if at > 0 {
-			if r = tiered(t, o, places{"there": f}); r == nil {
+			if r, done = briefly(t, o, places{"there": f}); r == nil {
 				continue
 			}
 		}
@@ -230,6 +250,7 @@ func TestTierHistory(t *testing.T) {
 		default:
 			_, err = r.Prune(ctx, unwatched)
 		}
+		done()
 		if err != nil && at == 0 {
 			t.Fatalf("back %v: %v", back, err)
 		}
@@ -254,7 +275,10 @@ func TestTierHistory(t *testing.T) {
 			}
 			model = now
 		}
-		alone := mustTiered(t, w.far, nil)
+		alone, done := briefly(t, w.far, nil)
+		if alone == nil {
+			t.Fatal("the tier alone does not open")
+		}
 		points(t, repos[1])
 		for _, p := range have {
 			if err := differs(repos[1], &p, model[p.ID]); err != nil {
@@ -266,6 +290,7 @@ func TestTierHistory(t *testing.T) {
 				}
 			}
 		}
+		done()
 	}
 	prune(t, w.r, unwatched)
 	clean(t, mustTiered(t, w.own, w.at), true)
