@@ -241,7 +241,7 @@ first, with "tier move NAME --back".
 restore points lack, and the next backups store it anew.
 --take-over is for when the repository's own store is lost, and --repo names the
 tier: that becomes the repository's own store and can be written to. What had not
-been brought there is lost. If the old store turns up again, do not use it.`,
+been brought there is lost. Of several tiers it is the one that knows most. If the old store turns up again, do not use it.`,
 		Example: `  holdfast tier move s3 --back && holdfast tier remove s3
   holdfast tier remove s3 --take-over --repo s3://archive/holdfast?region=eu-central-1`,
 		Args:              args(1, 1),

@@ -221,7 +221,7 @@ func (n *Node) journalled(ctx context.Context, r *repo.Repo, do func(session str
 // RemoveTierRequest says which tier to remove.
 type RemoveTierRequest struct {
 	Name     string
-	Force    bool // though packs are only there
+	Force    bool // though packs are only there; with TakeOver, though another tier has, or may have, more
 	TakeOver bool // the repository was opened in it, and goes on there
 	DryRun   bool
 	Wait     time.Duration // as in MoveRequest
@@ -269,5 +269,5 @@ func (n *Node) takeOver(ctx context.Context, r *repo.Repo, q RemoveTierRequest) 
 	if q.DryRun {
 		return removal, nil
 	}
-	return removal, r.TakeOver(ctx)
+	return removal, r.TakeOver(ctx, q.Force)
 }

@@ -118,7 +118,7 @@ func testTierOnS3(t *testing.T, location string, keys *s3.Keys) {
 	// The own store is lost.
 	alone := tieredRepo(t, far, keys)
 	equal(alone, 2)
-	if err := alone.TakeOver(ctx); err != nil {
+	if err := alone.TakeOver(ctx, false); err != nil {
 		t.Fatal(err)
 	}
 	add(alone, "new")

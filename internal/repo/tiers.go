@@ -327,11 +327,16 @@ func (r *Repo) soundTiers(ctx context.Context) error {
 	return nil
 }
 
-// TakeOver makes the tier in which the repository was opened its own store.
-func (r *Repo) TakeOver(ctx context.Context) error {
+// TakeOver makes the tier in which the repository was opened its own store. Of
+// several tiers it has to be the one whose copy of the chain goes farthest: the
+// others would not belong to it any more. force takes this one all the same.
+func (r *Repo) TakeOver(ctx context.Context, force bool) error {
 	name := r.mirrorOf
 	if name == "" {
 		return errors.New("this is the repository's own store; open its tier with --repo")
+	}
+	if err := r.farthest(ctx); err != nil && !force {
+		return err
 	}
 	r.tiers.Seal(nil, "")
 	err := r.changeTiers(ctx, func(tiers []Tier) ([]Tier, error) {
@@ -349,6 +354,27 @@ func (r *Repo) TakeOver(ctx context.Context) error {
 		return err
 	}
 	r.mirrorOf = ""
+	return nil
+}
+
+// farthest proves that no other tier's copy of the chain goes on after this one.
+func (r *Repo) farthest(ctx context.Context) error {
+	for _, t := range r.current().tiers {
+		if t.Name == r.mirrorOf {
+			continue
+		}
+		far, err := r.tiers.At(ctx, t.Name)
+		if err != nil {
+			return fmt.Errorf("whether tier %s has a newer copy of the chain is not known: %w", t.Name, err)
+		}
+		entries, err := listNames(ctx, far, "chain/")
+		if err != nil {
+			return fmt.Errorf("tier %s: %w", t.Name, err)
+		}
+		if n := len(entries); n > 0 && entries[n-1] > entryName(r.current().head) {
+			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, entries[n-1])
+		}
+	}
 	return nil
 }
 

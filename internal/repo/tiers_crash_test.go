@@ -142,12 +142,12 @@ func TestTierTakeOverPowerLoss(t *testing.T) {
 		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
 			far := w.far.Clone()
 			s := cutAt(far, at, fault)
-			if r := tiered(t, s, nil); r != nil && r.TakeOver(ctx) == nil {
+			if r := tiered(t, s, nil); r != nil && r.TakeOver(ctx, false) == nil {
 				save(r, "x", random(50, 2), nil, nil)
 			}
 			r := mustTiered(t, far, nil)
 			if r.Mirror() != "" {
-				if err := r.TakeOver(ctx); err != nil {
+				if err := r.TakeOver(ctx, false); err != nil {
 					t.Fatal(err)
 				}
 			}

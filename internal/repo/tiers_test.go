@@ -195,7 +195,7 @@ func TestTierOwnLost(t *testing.T) {
 		if _, err := r.Move(ctx, "far", all()); !errors.Is(err, ErrMirror) {
 			t.Errorf("move: %v", err)
 		}
-		if err := r.TakeOver(ctx); err != nil {
+		if err := r.TakeOver(ctx, false); err != nil {
 			t.Fatal(err)
 		}
 		for _, r := range []*Repo{r, mustTiered(t, w.far, nil)} {
@@ -245,7 +245,7 @@ func TestTierForked(t *testing.T) {
 	old := mustTiered(t, w.own, w.at)
 	forget(t, old, w.points[0].ID)
 	heir := mustTiered(t, w.far, nil)
-	if err := heir.TakeOver(ctx); err != nil {
+	if err := heir.TakeOver(ctx, false); err != nil {
 		t.Fatal(err)
 	}
 	p := mustSave(t, heir, "new", random(30, 3))
@@ -481,6 +481,36 @@ func TestTierOneFault(t *testing.T) {
 				break
 			}
 		}
+	}
+}
+
+// Of two tiers the one that knows more takes over, and the other follows.
+func TestTwoTiersTakeOver(t *testing.T) {
+	w := newFarWorld(t)
+	near, o := new(blob.Mem), all()
+	w.at["near"] = near
+	o.Copy = true
+	move(t, w.r, o)
+	addTier(t, w.r, Tier{Name: "near", Location: "near"}, near)
+	move(t, w.r, o)
+	w.add(t, "late", random(77, 1))
+	if _, err := w.r.Move(ctx, "near", o); err != nil {
+		t.Fatal(err)
+	}
+	r := mustTiered(t, w.far, w.at)
+	if err := r.TakeOver(ctx, false); err == nil || !strings.Contains(err.Error(), "near") {
+		t.Errorf("the one that knows less: %v", err)
+	}
+	r = mustTiered(t, near, w.at)
+	if err := r.TakeOver(ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	move(t, r, o)
+	clean(t, r, true)
+	alone := mustTiered(t, w.far, w.at)
+	for _, p := range w.points {
+		equal(t, r, p, w.contents[p.ID])
+		equal(t, alone, p, w.contents[p.ID])
 	}
 }
 
