@@ -49,7 +49,7 @@ type CheckReport struct {
 	// Elsewhere counts packs that are in another store, or lost with it: those
 	// that a tier opened by itself does not have, and without a key those that
 	// this store does not have.
-	Elsewhere int `json:"elsewhere_packs"`
+	Elsewhere int `json:"elsewhere_packs,omitempty"`
 	// Distrusted counts damaged copies that the next runs will store again.
 	Distrusted int `json:"distrusted"`
 
