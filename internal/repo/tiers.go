@@ -100,7 +100,9 @@ func (r *Repo) settle(ctx context.Context) error {
 		return nil
 	}
 	name, err := r.mark(ctx, r.tiers.Own())
-	if err != nil && !errors.Is(err, blob.ErrNotExist) {
+	if errors.Is(err, ErrDamaged) {
+		return fmt.Errorf("%w; it says that this store is a tier; delete that object to read it as the repository's own one", err)
+	} else if err != nil && !errors.Is(err, blob.ErrNotExist) {
 		return err
 	}
 	if r.state.tier(name) != nil { // else it was, and TakeOver was cut off after its entry
@@ -348,12 +350,13 @@ func (r *Repo) TakeOver(ctx context.Context, force bool) error {
 		return tiers, nil
 	})
 	if err != nil {
+		r.tiers.Seal(r.isMirror, "pins/")
 		return err
 	}
+	r.mirrorOf, r.isMirror = "", nil
 	if err := r.tiers.Own().Delete(ctx, tierName); err != nil && !errors.Is(err, blob.ErrNotExist) {
 		return err
 	}
-	r.mirrorOf = ""
 	return nil
 }
 
