@@ -232,7 +232,7 @@ func (c *checker) stored(ctx context.Context) error {
 		}
 		there[i.Name] = i.Size
 	}
-	seen := verifiedIn(c.r.cache)
+	seen := verifiedIn(readingCache(c.r.cache, c.r.mirrorOf))
 	read := seen.choose(c.packs, c.o)
 	var done int64
 	g, gctx := errgroup.WithContext(ctx)

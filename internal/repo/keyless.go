@@ -245,7 +245,11 @@ func (k *keyless) index(ctx context.Context, d [32]byte) (c indexClear, err erro
 
 // stored looks at the packs.
 func (k *keyless) stored(ctx context.Context) error {
-	seen := verifiedIn(k.cache)
+	tier, err := k.tier(ctx)
+	if err != nil {
+		return err
+	}
+	seen := verifiedIn(readingCache(k.cache, tier))
 	there := map[string]int64{}
 	for i, err := range k.store.List(ctx, "packs/") {
 		if err != nil {
@@ -283,12 +287,31 @@ func (k *keyless) stored(ctx context.Context) error {
 			return nil
 		})
 	}
-	err := g.Wait()
+	err = g.Wait()
 	k.report.Unread = seen.unread(k.packs)
 	if !k.o.ReadData {
 		return err
 	}
 	return errors.Join(err, seen.save(k.packs))
+}
+
+// tier gives the name of the tier that the store says it is; "" for none.
+func (k *keyless) tier(ctx context.Context) (string, error) {
+	raw, err := getDocument(ctx, k.store, tierName, seal.Tier, k.id)
+	switch {
+	case err == nil:
+		name, err := markName(raw)
+		if errors.Is(err, ErrDamaged) {
+			k.problem(tierName, err.Error())
+			err = nil
+		}
+		return name, err
+	case errors.Is(err, ErrDamaged):
+		k.problem(tierName, err.Error())
+	case !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, seal.ErrForeign):
+		return "", err
+	}
+	return "", nil
 }
 
 // pack gives how many bytes were read, and what is wrong.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"regexp"
 	"slices"
 
@@ -135,19 +136,33 @@ func (r *Repo) mark(ctx context.Context, s blob.Store) (string, error) {
 	if err == nil {
 		_, err = raw.Open(master, "tier")
 	}
-	var clear struct {
-		Name string `json:"name"`
-	}
-	if err == nil {
-		err = seal.Unmarshal(raw.Clear, &clear)
-	}
-	if err == nil && clear.Name == "" {
-		err = fmt.Errorf("%w: it has no name", ErrDamaged)
-	}
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", tierName, err)
 	}
+	return markName(raw)
+}
+
+// markName reads the tier's name in its mark.
+func markName(raw *seal.Raw) (string, error) {
+	var clear struct {
+		Name string `json:"name"`
+	}
+	if err := seal.Unmarshal(raw.Clear, &clear); err != nil {
+		return "", fmt.Errorf("%s: %w", tierName, err)
+	}
+	if !tierNames.MatchString(clear.Name) {
+		return "", fmt.Errorf("%s: %w: no name of a tier", tierName, ErrDamaged)
+	}
 	return clear.Name, nil
+}
+
+// readingCache is where a check remembers what it has read in a store: in each
+// tier there is another copy.
+func readingCache(cache, tier string) string {
+	if cache == "" || tier == "" {
+		return cache
+	}
+	return filepath.Join(cache, "tier-"+tier)
 }
 
 // Mirror is the name of the tier in which the repository was opened; "" when it

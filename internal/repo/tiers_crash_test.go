@@ -134,6 +134,40 @@ func TestTierBackPowerLoss(t *testing.T) {
 	})
 }
 
+// A call that fails, and works when it is made again, does harm to nothing.
+func TestTierOneFault(t *testing.T) {
+	w := newFarWorld(t)
+	move(t, w.r, all())
+	whole := []PointID{w.points[0].ID, w.points[1].ID}
+	w.add(t, "c", random(3, 4))
+	step := 11
+	if os.Getenv("HOLDFAST_SOAK") != "" {
+		step = 1
+	}
+	start := 1 + rng(t).IntN(step)
+	for _, inOwn := range []bool{true, false} {
+		for at := start; ; at += step {
+			own, far := w.own.Clone(), w.far.Clone()
+			faulty := &blobtest.Faulty{Inner: far, At: at, Fault: blobtest.Fault(at % 2)}
+			var o, f blob.Store = own, faulty
+			if inOwn {
+				faulty.Inner = own
+				o, f = faulty, far
+			}
+			if r := tiered(t, o, places{"there": f}); r != nil {
+				r.Move(ctx, "far", all())
+				if r.Forget(ctx, whole[:1], time.Now()) == nil {
+					r.Prune(ctx, unwatched)
+				}
+			}
+			w.proves(t, fmt.Sprintf("fault at call %d of %v", at, inOwn), own, far, whole)
+			if faulty.Calls() < at {
+				break
+			}
+		}
+	}
+}
+
 // The tier takes the place of the own store, cut off anywhere.
 func TestTierTakeOverPowerLoss(t *testing.T) {
 	w := newFarWorld(t)

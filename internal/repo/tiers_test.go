@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -12,7 +11,6 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
-	"holdfast/internal/blob/blobtest"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -413,107 +411,6 @@ func TestTierRepair(t *testing.T) {
 	}
 }
 
-// With two tiers each can make up for the other.
-func TestTwoTiers(t *testing.T) {
-	w := newFarWorld(t)
-	near := new(blob.Mem)
-	w.at["near"] = near
-	o := all()
-	o.Copy = true
-	move(t, w.r, o)
-	addTier(t, w.r, Tier{Name: "near", Location: "near"}, near)
-	if report, err := w.r.Move(ctx, "near", all()); err != nil || report.Freed == 0 {
-		t.Fatalf("%+v, %v", report, err)
-	}
-	move(t, w.r, o)
-	for _, lost := range []string{"there", "near"} {
-		at := maps.Clone(w.at)
-		delete(at, lost)
-		r := mustTiered(t, w.own, at)
-		for _, p := range w.points {
-			equal(t, r, p, w.contents[p.ID])
-		}
-		alone := mustTiered(t, w.at[lost], places{})
-		for _, p := range w.points {
-			equal(t, alone, p, w.contents[p.ID])
-		}
-	}
-	if infos, err := w.r.TierInfos(ctx); err != nil || len(infos) != 2 || infos[0].Only+infos[1].Only != 0 || infos[0].Points != 2 || infos[1].Points != 2 {
-		t.Errorf("%+v, %v", infos, err)
-	}
-	if _, err := w.r.RemoveTier(ctx, "far", RemoveTierOptions{Watch: -1}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.r.RemoveTier(ctx, "near", RemoveTierOptions{Watch: -1}); !errors.Is(err, ErrOnlyThere) {
-		t.Fatal(err)
-	}
-	clean(t, w.r, true)
-}
-
-// A call that fails, and works when it is made again, does harm to nothing.
-func TestTierOneFault(t *testing.T) {
-	w := newFarWorld(t)
-	move(t, w.r, all())
-	whole := []PointID{w.points[0].ID, w.points[1].ID}
-	w.add(t, "c", random(3, 4))
-	step := 11
-	if os.Getenv("HOLDFAST_SOAK") != "" {
-		step = 1
-	}
-	start := 1 + rng(t).IntN(step)
-	for _, inOwn := range []bool{true, false} {
-		for at := start; ; at += step {
-			own, far := w.own.Clone(), w.far.Clone()
-			faulty := &blobtest.Faulty{Inner: far, At: at, Fault: blobtest.Fault(at % 2)}
-			var o, f blob.Store = own, faulty
-			if inOwn {
-				faulty.Inner = own
-				o, f = faulty, far
-			}
-			if r := tiered(t, o, places{"there": f}); r != nil {
-				r.Move(ctx, "far", all())
-				if r.Forget(ctx, whole[:1], time.Now()) == nil {
-					r.Prune(ctx, unwatched)
-				}
-			}
-			w.proves(t, fmt.Sprintf("fault at call %d of %v", at, inOwn), own, far, whole)
-			if faulty.Calls() < at {
-				break
-			}
-		}
-	}
-}
-
-// Of two tiers the one that knows more takes over, and the other follows.
-func TestTwoTiersTakeOver(t *testing.T) {
-	w := newFarWorld(t)
-	near, o := new(blob.Mem), all()
-	w.at["near"] = near
-	o.Copy = true
-	move(t, w.r, o)
-	addTier(t, w.r, Tier{Name: "near", Location: "near"}, near)
-	move(t, w.r, o)
-	w.add(t, "late", random(77, 1))
-	if _, err := w.r.Move(ctx, "near", o); err != nil {
-		t.Fatal(err)
-	}
-	r := mustTiered(t, w.far, w.at)
-	if err := r.TakeOver(ctx, false); err == nil || !strings.Contains(err.Error(), "near") {
-		t.Errorf("the one that knows less: %v", err)
-	}
-	r = mustTiered(t, near, w.at)
-	if err := r.TakeOver(ctx, false); err != nil {
-		t.Fatal(err)
-	}
-	move(t, r, o)
-	clean(t, r, true)
-	alone := mustTiered(t, w.far, w.at)
-	for _, p := range w.points {
-		equal(t, r, p, w.contents[p.ID])
-		equal(t, alone, p, w.contents[p.ID])
-	}
-}
-
 func TestTierBackAndRemove(t *testing.T) {
 	w := newFarWorld(t)
 	move(t, w.r, all())
@@ -658,6 +555,34 @@ func TestTierKeys(t *testing.T) {
 	}
 	if _, err := w.far.Get(ctx, slotName(slots[0].ID), 0, -1); !errors.Is(err, blob.ErrNotExist) {
 		t.Errorf("a key slot that was removed is still in the tier: %v", err)
+	}
+}
+
+// What was read in the own store was not read in the tier.
+func TestTierUnread(t *testing.T) {
+	w := newFarWorld(t)
+	o := all()
+	o.Copy = true
+	move(t, w.r, o)
+	cache := cacheDir(t)
+	for _, want := range []struct {
+		s        blob.Store
+		readData bool
+		unread   int
+	}{{w.own, true, 0}, {w.far, false, 6}, {w.far, true, 0}, {w.own, false, 0}, {w.far, false, 0}} {
+		r, err := Open(ctx, want.s, secret, Options{Cache: cache, OpenTier: w.at.open})
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := CheckOptions{ReadData: want.readData}
+		report, err := r.Check(ctx, check)
+		if err = errors.Join(err, r.Close()); err != nil || report.Unread != want.unread {
+			t.Errorf("%+v, %v", report, err)
+		}
+		report, err = CheckKeyless(ctx, want.s, cache, check)
+		if err != nil || report.Unread != want.unread {
+			t.Errorf("keyless: %+v, %v", report, err)
+		}
 	}
 }
 
