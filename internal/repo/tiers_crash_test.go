@@ -218,9 +218,9 @@ func briefly(t *testing.T, own blob.Store, p places) (r *Repo, done func()) {
 // alone, until it is brought back.
 func TestTierHistory(t *testing.T) {
 	rng := rng(t)
-	rounds := 60
+	rounds := 35
 	if testing.Short() {
-		rounds = 25
+		rounds = 15
 	}
 	if os.Getenv("HOLDFAST_SOAK") != "" {
 		rounds = 3000
