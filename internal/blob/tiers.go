@@ -29,6 +29,10 @@ type Tiers struct {
 	except string           // but objects whose names begin with this
 }
 
+// ErrUnreachable: one of the stores beside the own one does not answer, or lacks
+// its mark.
+var ErrUnreachable = errors.New("cannot be reached")
+
 // Tier is one of the stores beside the own one.
 type Tier struct {
 	Name     string
@@ -116,7 +120,7 @@ func (r *tier) open(ctx context.Context) (Store, error) {
 	}
 	s, err := r.Open(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("tier %s cannot be reached: %w", r.Name, err)
+		return nil, fmt.Errorf("tier %s %w: %w", r.Name, ErrUnreachable, err)
 	}
 	r.store = s
 	return s, nil
@@ -130,9 +134,9 @@ func (r *tier) reach(ctx context.Context, mark string) (Store, error) {
 		return nil, err
 	}
 	if _, err := s.Get(ctx, mark, 0, 1); errors.Is(err, ErrNotExist) {
-		return nil, fmt.Errorf("tier %s cannot be reached: %s holds nothing of this repository: is it mounted?", r.Name, r.Location)
+		return nil, fmt.Errorf("tier %s %w: %s holds nothing of this repository: is it mounted?", r.Name, ErrUnreachable, r.Location)
 	} else if err != nil {
-		return nil, fmt.Errorf("tier %s cannot be reached: %w", r.Name, err)
+		return nil, fmt.Errorf("tier %s %w: %w", r.Name, ErrUnreachable, err)
 	}
 	return s, nil
 }

@@ -87,6 +87,9 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.keys(ctx); err != nil {
 		return nil, err
 	}
+	if err := c.tiers(ctx); err != nil {
+		return nil, err
+	}
 	if err := c.indexes(ctx); err != nil {
 		return nil, err
 	}

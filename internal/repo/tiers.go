@@ -344,6 +344,23 @@ func (r *Repo) soundTiers(ctx context.Context) error {
 	return nil
 }
 
+// tiers reports tiers that cannot be used. One that cannot be reached ends the
+// check: what is there is not known.
+func (c *checker) tiers(ctx context.Context) error {
+	if c.r.mirrorOf != "" {
+		return nil
+	}
+	for _, t := range c.r.current().tiers {
+		_, err := c.r.tierStore(ctx, t.Name)
+		if errors.Is(err, ErrForked) || errors.Is(err, ErrDamaged) {
+			c.problem(Problem{Object: "tier " + t.Name, What: err.Error()})
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // TakeOver makes the tier in which the repository was opened its own store. Of
 // several tiers it has to be the one whose copy of the chain goes farthest: the
 // others would not belong to it any more. force takes this one all the same.

@@ -263,6 +263,9 @@ func TestTierForked(t *testing.T) {
 	if _, err := old.Prune(ctx, unwatched); !errors.Is(err, ErrRefused) || !errors.Is(err, ErrForked) {
 		t.Errorf("prune: %v", err)
 	}
+	if report, err := old.Check(ctx, CheckOptions{}); err != nil || len(report.Problems) != 1 || report.Problems[0].Object != "tier far" {
+		t.Errorf("check: %+v, %v", report, err)
+	}
 	if _, err := old.Move(ctx, "far", all()); !errors.Is(err, ErrForked) {
 		t.Errorf("move: %v", err)
 	}
