@@ -278,7 +278,11 @@ func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there 
 	case !read:
 		return nil
 	}
-	p, what, err := readTwice(ctx, c.r.store, packName(name), name)
+	s := getter(c.r.store)
+	if len(c.r.current().tiers) > 0 {
+		s = ownFirst{c.r.tiers}
+	}
+	p, what, err := readTwice(ctx, s, packName(name), name)
 	if err != nil {
 		return err
 	}

@@ -391,6 +391,36 @@ func TestTierDamagedCopy(t *testing.T) {
 	}
 }
 
+// unreadable fails to read packs.
+type unreadable struct{ blob.Store }
+
+func (u unreadable) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
+	if strings.HasPrefix(name, packsPrefix) {
+		return nil, errors.New("bad sector")
+	}
+	return u.Store.Get(ctx, name, off, n)
+}
+
+// What cannot be read in the own store is read in the tier, and a check says so
+// all the same.
+func TestTierBadSectors(t *testing.T) {
+	w := newFarWorld(t)
+	o := all()
+	o.Copy = true
+	move(t, w.r, o)
+	r := mustTiered(t, unreadable{w.own}, w.at)
+	for _, p := range w.points {
+		equal(t, r, p, w.contents[p.ID])
+	}
+	report, err := r.Check(ctx, CheckOptions{ReadData: true})
+	if err != nil || len(report.Problems) == 0 || !strings.Contains(report.Problems[0].What, "bad sector") {
+		t.Errorf("%+v, %v", report, err)
+	}
+	for _, p := range w.points {
+		equal(t, r, p, w.contents[p.ID])
+	}
+}
+
 // Repair takes from the tier what is damaged in the own store.
 func TestTierRepair(t *testing.T) {
 	w := newFarWorld(t)
