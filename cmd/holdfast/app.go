@@ -139,7 +139,7 @@ func (a *app) root() *cobra.Command {
 		a.initCommand(), a.vms(), a.backup(), a.copy(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
 		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(), a.unpin(),
-		a.check(), a.repair(), a.forget(), a.keep(), a.prune(), a.key(), a.harden(), a.mechanic(),
+		a.check(), a.repair(), a.forget(), a.keep(), a.prune(), a.tier(), a.key(), a.harden(), a.mechanic(),
 		a.version(), a.serve(), a.thaw(),
 	)
 	for _, cmd := range root.Commands() {

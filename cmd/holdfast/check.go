@@ -102,6 +102,9 @@ func checkText(r *repo.CheckReport, readData, keyless bool, d time.Duration) str
 	for _, p := range r.Transient {
 		fmt.Fprintf(&b, "%s: %s when it was read first, and was right the second time: look at the memory, cables and disks on the way to it\n", p.Object, oneLine(p.What))
 	}
+	if r.Elsewhere > 0 {
+		fmt.Fprintf(&b, "%s of these %s not in this store: what lies in another one is proved there\n", count(r.Elsewhere, "pack"), is(r.Elsewhere))
+	}
 	read := "their data was not read (--read-data)"
 	if readData {
 		read = size(r.ReadBytes) + " read and authenticated"
@@ -116,6 +119,13 @@ func checkText(r *repo.CheckReport, readData, keyless bool, d time.Duration) str
 	fmt.Fprintf(&b, "%s%s of %s, %s: %s; %s, %s\n",
 		points, count(r.Packs, "pack"), size(r.PackBytes), count(r.Entries, "commit"), count(len(r.Problems), "problem"), read, took(d))
 	return b.String()
+}
+
+func is(n int) string {
+	if n == 1 {
+		return "is"
+	}
+	return "are"
 }
 
 // damage is the error of a report with problems.

@@ -1,5 +1,6 @@
 // Package blob is the seam below the repository: a store of immutable objects
-// with names. Dir keeps them as files, Mem in memory.
+// with names. Dir keeps them as files, Mem in memory. Limit bounds a store's
+// traffic, Tiers makes one store of several.
 //
 // Names are relative slash-separated paths of [a-z0-9._-], at most 200 bytes,
 // no empty, "." or ".." element, none starting with ".tmp-", and ".harden" not

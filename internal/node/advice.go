@@ -6,6 +6,7 @@ import (
 	"strings"
 	"syscall"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/blob/harden"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/hypervisor/libvirt"
@@ -30,7 +31,11 @@ var advice = []struct {
 	{repo.ErrNotRepository, "; check --", "check --repo or HOLDFAST_REPO, or make one there with \"holdfast init\""},
 	{repo.ErrExist, "", "use it as it is, or choose another directory"},
 	{repo.ErrVersion, "", "use the newer Holdfast that wrote it"},
-	{repo.ErrRolledBack, "", "put the newer state back, or find out who restored an old copy; nothing was changed"},
+	{repo.ErrNoTier, "", "\"holdfast tier list\" shows what there is"},
+	{repo.ErrTierExists, "", "choose another name or place"},
+	{blob.ErrUnreachable, "see to that", "see that it is mounted and answers; if its place has changed, \"holdfast tier add\" with its name and the new place"},
+	{repo.ErrBusy, "", "wait for it to end, or if it has died, add --wait, which finds out and ends it"},
+	{repo.ErrRolledBack, "is lost, delete", "put the newer state back, or find out who restored an old copy; nothing was changed"},
 	{repo.ErrRevoked, "", "run it again"},
 	{repo.ErrLeftBehind, "", "run it again; nothing was lost"},
 	{repo.ErrDamaged, "put ", "\"holdfast check --read-data\" lists what is damaged; other restore points may be whole"},

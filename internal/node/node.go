@@ -126,7 +126,7 @@ func (n *Node) options() (repo.Options, error) {
 	if err != nil {
 		return repo.Options{}, err
 	}
-	return repo.Options{Cache: cmp.Or(n.cache, filepath.Join(d.Path(), "cache")), Compression: n.o.Compression, Key: n.key}, nil
+	return repo.Options{Cache: cmp.Or(n.cache, filepath.Join(d.Path(), "cache")), Compression: n.o.Compression, Key: n.key, OpenTier: n.openStore}, nil
 }
 
 // Repo is the repository, opened when first needed.

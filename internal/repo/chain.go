@@ -31,6 +31,8 @@ const (
 	kindKeys
 	kindCheckpoint
 	kindDistrust
+	_
+	kindTiers
 )
 
 // entryClear is an entry's clear part.
@@ -42,6 +44,7 @@ type entryClear struct {
 	Drops    []seal.Hex `json:"drops,omitempty"`
 	Lease    string     `json:"lease,omitempty"`
 	Start    uint64     `json:"start,omitempty"` // state.older after this entry
+	Tiers    int        `json:"tiers,omitempty"` // how many, where an entry tells them
 }
 
 // entrySealed is the union of all kinds' sealed parts.
@@ -54,6 +57,8 @@ type entrySealed struct {
 	Keyring string   `json:"keyring,omitempty"` // 8 digits: the newest one
 	Removed []string `json:"removed,omitempty"` // key slots
 	Until   *Until   `json:"until,omitempty"`
+
+	Tiers []Tier `json:"tiers,omitempty"`
 }
 
 // badItem is a copy of an item that cannot be read.
@@ -74,6 +79,7 @@ type state struct {
 	digest     [32]byte // of entry head, or of config
 	points     map[PointID]Point
 	order      []PointID
+	committed  map[PointID]uint64  // the entry of each point
 	forgotten  map[PointID]*Point  // nil for one that no pin can name any more
 	keep       map[PointID]Until   // marked to stay
 	indexes    map[[32]byte]bool   // live index objects
@@ -84,6 +90,7 @@ type state struct {
 	time       time.Time       // of the head, for people
 	keyring    int             // number of the newest one that an entry names
 	removed    map[string]bool // key slots
+	tiers      []Tier          // other stores that hold packs; Turned included. Replaced, never changed
 	// quarantined is the newest entry that put packs into quarantine, moved the
 	// newest that changed which copies count: quarantine, sweep, distrust.
 	quarantined, moved uint64
@@ -112,7 +119,7 @@ type adding struct {
 }
 
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]*Point{}, keep: map[PointID]Until{},
+	return &state{digest: config, points: map[PointID]Point{}, committed: map[PointID]uint64{}, forgotten: map[PointID]*Point{}, keep: map[PointID]Until{},
 		indexes: map[[32]byte]bool{}, added: map[[32]byte]adding{},
 		over: map[string]kind{}, quarantine: map[[32]byte]uint64{}, bad: map[badKey]bool{}, removed: map[string]bool{}}
 }
@@ -171,6 +178,8 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		}
 	case kindSweep:
 		s.moved = c.Number
+	case kindTiers:
+		s.takeTiers(c.Number, e.Tiers)
 	case kindCommit:
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
@@ -179,6 +188,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			s.order = slices.DeleteFunc(s.order, func(id PointID) bool { return id == e.Point.ID })
 			delete(s.forgotten, e.Point.ID)
 		}
+		s.committed[e.Point.ID] = c.Number
 		s.points[e.Point.ID] = *e.Point
 		s.order = append(s.order, e.Point.ID)
 		s.over[c.Lease] = k
@@ -187,6 +197,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			if p, ok := s.points[id]; ok {
 				s.forgotten[id] = &p
 				delete(s.points, id)
+				delete(s.committed, id)
 			}
 		}
 	case kindKeep:
@@ -248,7 +259,7 @@ func parseDigest(s string) (d [32]byte, err error) {
 
 func (s *state) clone() *state {
 	c := *s
-	c.points, c.indexes, c.over = cloneMap(s.points), cloneMap(s.indexes), cloneMap(s.over)
+	c.points, c.committed, c.indexes, c.over = cloneMap(s.points), cloneMap(s.committed), cloneMap(s.indexes), cloneMap(s.over)
 	c.quarantine, c.bad, c.removed = cloneMap(s.quarantine), cloneMap(s.bad), cloneMap(s.removed)
 	c.forgotten, c.keep, c.added = cloneMap(s.forgotten), cloneMap(s.keep), cloneMap(s.added)
 	c.order = append([]PointID(nil), s.order...)
@@ -276,6 +287,7 @@ func indexName(d [32]byte) string { return "index/" + hex.EncodeToString(d[:]) }
 // indexClear is an index object's clear part.
 type indexClear struct {
 	Packs      []packRow  `json:"packs"`
+	Made       []int64    `json:"made,omitempty"`
 	Supersedes []seal.Hex `json:"supersedes,omitempty"`
 }
 
@@ -335,6 +347,9 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 	packs := make([]index.Pack, len(c.Packs))
 	for i, row := range c.Packs {
 		packs[i] = index.Pack{Name: row.Name, Size: row.Size, Kind: row.Kind}
+		if len(c.Made) == len(packs) {
+			packs[i].Made = c.Made[i]
+		}
 	}
 	if err := index.Unmarshal(content, packs); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -344,9 +359,9 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 
 // putIndex stores an index object for the packs.
 func (r *Repo) putIndex(ctx context.Context, packs []index.Pack, supersedes ...seal.Hex) ([32]byte, error) {
-	c := indexClear{Packs: make([]packRow, len(packs)), Supersedes: supersedes}
+	c := indexClear{Packs: make([]packRow, len(packs)), Made: make([]int64, len(packs)), Supersedes: supersedes}
 	for i, k := range packs {
-		c.Packs[i] = packRow{k.Name, k.Size, k.Kind}
+		c.Packs[i], c.Made[i] = packRow{k.Name, k.Size, k.Kind}, k.Made
 	}
 	clear, err := json.Marshal(c)
 	if err != nil {

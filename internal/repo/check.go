@@ -45,6 +45,10 @@ type CheckReport struct {
 	Transient []Problem `json:"transient"`
 	// Mended counts damaged packs of which everything was stored anew since.
 	Mended int `json:"mended_packs"`
+	// Elsewhere counts packs that are in another store, or lost with it: those
+	// that a tier opened by itself does not have, and without a key those that
+	// this store does not have.
+	Elsewhere int `json:"elsewhere_packs,omitempty"`
 	// Distrusted counts damaged copies that the next runs will store again.
 	Distrusted int `json:"distrusted"`
 
@@ -85,6 +89,9 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.small(ctx); err != nil {
 		return nil, err
 	}
+	if err := c.tiers(ctx); err != nil {
+		return nil, err
+	}
 	if err := c.indexes(ctx); err != nil {
 		return nil, err
 	}
@@ -100,7 +107,7 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.still(ctx); err != nil {
 		return nil, err
 	}
-	if len(c.r.current().gaps) > 0 {
+	if len(c.r.current().gaps) > 0 || c.r.mirrorOf != "" {
 		return &c.report, nil // nothing can be recorded in a chain with gaps
 	}
 	if err := c.r.mend(ctx); err != nil {
@@ -150,7 +157,7 @@ func (c *checker) chain(ctx context.Context) error {
 		return err
 	}
 	numbers = slices.DeleteFunc(numbers, func(n uint64) bool { return n > known.head })
-	s := c.r.begin()
+	s := c.r.genesis()
 	s.proving = true
 	vanished, err := c.r.follow(ctx, s, numbers, nil)
 	if err != nil {
@@ -246,7 +253,7 @@ func (c *checker) stored(ctx context.Context) error {
 		}
 		there[i.Name] = i.Size
 	}
-	seen := verifiedIn(c.r.cache)
+	seen := verifiedIn(readingCache(c.r.cache, c.r.mirrorOf))
 	read := seen.choose(c.packs, c.o)
 	for k := range c.r.current().bad { // where damage was found before
 		if _, listed := c.packs[k.pack]; listed {
@@ -285,6 +292,8 @@ func (c *checker) stored(ctx context.Context) error {
 func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64, read bool) error {
 	size, ok := there[packName(name)]
 	switch {
+	case !ok && c.r.mirrorOf != "":
+		return c.badPack(ctx, name, info, notHere, nil)
 	case !ok:
 		return c.badPack(ctx, name, info, "missing", nil)
 	case size != info.size:
@@ -292,7 +301,11 @@ func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there 
 	case !read:
 		return nil
 	}
-	p, what, err := readTwice(ctx, c.r.store, packName(name), name)
+	s := getter(c.r.store)
+	if len(c.r.current().tiers) > 0 {
+		s = ownFirst{c.r.tiers}
+	}
+	p, what, err := readTwice(ctx, s, packName(name), name)
 	if err != nil {
 		return err
 	}

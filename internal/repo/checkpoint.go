@@ -20,6 +20,7 @@ import (
 func (s *state) parts(adds []seal.Hex) map[string]any {
 	return map[string]any{
 		"points":      &via[[]Point]{s.living, s.setLiving},
+		"committed":   &s.committed,
 		"keep":        &s.keep,
 		"forgotten":   &via[[]PointID]{s.gone, s.setGone},
 		"pinned":      &via[[]Point]{s.pinned, s.setPinned},
@@ -32,6 +33,7 @@ func (s *state) parts(adds []seal.Hex) map[string]any {
 		"quarantined": &s.quarantined,
 		"moved":       &s.moved,
 		"mended":      &s.mended,
+		"tiers":       &s.tiers,
 		"before":      &via[uint64]{func() uint64 { return s.checkpoint }, func(n uint64) error { s.older = n; return nil }},
 	}
 }

@@ -291,7 +291,7 @@ func compareReaders(t *testing.T, store *archive, r *Repo) {
 	}
 	for from, what := range map[uint64]string{1: "from the first entry", r.current().checkpoint: "from the newest checkpoint"} {
 		i, _ := slices.BinarySearch(numbers, from)
-		s := full.begin()
+		s := full.genesis()
 		if s.proving = from == 1; !s.proving {
 			s.miss(from - 1)
 		}

@@ -19,6 +19,14 @@
 // All methods of Repo are safe in parallel, and so are several runs of one or
 // more processes and machines on one store. The chain orders them.
 //
+// # Several stores
+//
+// Repo.store is a blob.Tiers: the own store, and the tiers that the chain tells
+// of, which hold packs too. Nothing above it knows where a pack lies but Move,
+// which brings packs to a tier or back, and prune, which brings the packs that
+// hold what is left of old ones to where these were. A tier has a mirror of
+// all but packs and leases, so that it opens as a repository by itself.
+//
 // # After a crash
 //
 // A point exists when its chain entry does; the entry is created last, when all

@@ -120,8 +120,8 @@ func fetch(ctx context.Context, s blob.Store, numbers []uint64) iter.Seq2[fetche
 	}
 }
 
-// begin is the state before the first entry.
-func (r *Repo) begin() *state {
+// genesis is the state before the first entry.
+func (r *Repo) genesis() *state {
 	s := newState(r.config)
 	s.time = r.created
 	return s
@@ -201,7 +201,8 @@ func (r *Repo) load(ctx context.Context) error {
 }
 
 // readChain reads the chain as it is in the store. It must contain the entry
-// seen, or go on behind it to a checkpoint.
+// seen, or go on behind it to a checkpoint; with ErrRolledBack it gives the
+// state as far as it was read.
 func (r *Repo) readChain(ctx context.Context, seen headSeen) (*state, error) {
 	for try := 1; ; try++ {
 		numbers, err := entryNumbers(ctx, r.store)
@@ -218,14 +219,14 @@ func (r *Repo) readChain(ctx context.Context, seen headSeen) (*state, error) {
 		}
 		s, vanished, err := r.readFrom(ctx, numbers, from, seen)
 		if err != nil {
-			return nil, err
+			return s, err
 		}
 		if len(s.gaps) > 0 && vanished && try < readAgain {
 			continue // prunes have gone on since the listing
 		}
 		if len(s.gaps) > 0 && from > 0 {
 			if s, _, err = r.readFrom(ctx, numbers, 0, seen); err != nil {
-				return nil, err
+				return s, err
 			}
 		}
 		for _, g := range s.gaps {
@@ -239,16 +240,16 @@ func (r *Repo) readChain(ctx context.Context, seen headSeen) (*state, error) {
 
 // readFrom reads the chain from one of its entries on.
 func (r *Repo) readFrom(ctx context.Context, numbers []uint64, from int, seen headSeen) (*state, bool, error) {
+	s := r.genesis()
 	if _, there := slices.BinarySearch(numbers[:from], seen.Number); there {
 		p, err := r.store.Get(ctx, entryName(seen.Number), 0, -1)
 		if err != nil && !errors.Is(err, blob.ErrNotExist) {
 			return nil, false, err
 		}
 		if sum := sha256.Sum256(p); err == nil && !bytes.Equal(sum[:], seen.Digest) {
-			return nil, false, r.rolledBack(seen)
+			return s, false, r.rolledBack(seen)
 		}
 	}
-	s := r.begin()
 	vanished, err := r.follow(ctx, s, numbers[from:], func(s *state) error {
 		if s.head == seen.Number && !s.unknown && !bytes.Equal(seen.Digest, s.digest[:]) {
 			return r.rolledBack(seen)
@@ -387,6 +388,9 @@ func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
 	r.mu.Lock()
 	r.state = s
 	r.mu.Unlock()
+	if !slices.Equal(s.tiers, old.tiers) {
+		r.attach(s)
+	}
 	return anew, r.remember(s)
 }
 
@@ -395,7 +399,7 @@ func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
 func (r *Repo) news(ctx context.Context, s *state, n int) (entries [][]byte, behind bool, err error) {
 	var lookErr error
 	var looking sync.WaitGroup
-	looking.Go(func() { behind, lookErr = r.behind(ctx, s) })
+	looking.Go(func() { behind, lookErr = r.overtaken(ctx, s) })
 	numbers := make([]uint64, n)
 	for i := range numbers {
 		numbers[i] = s.head + 1 + uint64(i)
@@ -414,9 +418,9 @@ func (r *Repo) news(ctx context.Context, s *state, n int) (entries [][]byte, beh
 	return entries, behind, errors.Join(err, lookErr)
 }
 
-// behind reports whether the head that is known has been deleted, as a prune
+// overtaken reports whether the head that is known has been deleted, as a prune
 // does when two checkpoints follow it.
-func (r *Repo) behind(ctx context.Context, s *state) (bool, error) {
+func (r *Repo) overtaken(ctx context.Context, s *state) (bool, error) {
 	if s.head == 0 {
 		numbers, err := entryNumbers(ctx, r.store)
 		return len(numbers) > 0 && (numbers[0] != 1 || len(numbers) > 1 && numbers[1] != 2), err

@@ -15,7 +15,7 @@ import (
 
 func packName(d [32]byte) string {
 	h := hex.EncodeToString(d[:])
-	return "packs/" + h[:2] + "/" + h
+	return packsPrefix + h[:2] + "/" + h
 }
 
 // openerCache keeps packs' openers, so that a pack's header is read once.
@@ -144,6 +144,11 @@ func (r *Repo) itemKnown(ctx context.Context, dst []byte, id pack.ID, max int) (
 				return dst, err
 			}
 		}
+		if len(r.current().tiers) > 0 {
+			if other, otherErr := r.openOther(ctx, dst[:n], p, id, max); otherErr == nil {
+				return other, nil
+			}
+		}
 	}
 	return dst[:n], err
 }
@@ -162,6 +167,24 @@ func (r *Repo) open(ctx context.Context, dst []byte, at index.Place, id pack.ID,
 		return dst, fmt.Errorf("%s: %w", packName(at.Pack), err)
 	}
 	return dst, nil
+}
+
+// openOther is open for the copy of the pack in a tier, when that in the own
+// store is damaged.
+func (r *Repo) openOther(ctx context.Context, dst []byte, at index.Place, id pack.ID, max int) ([]byte, error) {
+	head, err := r.tiers.GetOther(ctx, packName(at.Pack), 0, seal.HeaderLen)
+	if err != nil {
+		return dst, err
+	}
+	h, master, err := r.packHeader(ctx, head)
+	if err != nil {
+		return dst, err
+	}
+	p, err := r.tiers.GetOther(ctx, packName(at.Pack), int64(at.Offset), int64(at.Stored))
+	if err != nil {
+		return dst, err
+	}
+	return pack.NewOpener(head, h, master).Open(dst, p, int(at.Number), id, max)
 }
 
 // node fetches a map node through the cache.

@@ -63,6 +63,7 @@ type keyless struct {
 	id     [16]byte
 	pub    []byte
 	config [32]byte // its SHA-256
+	tiers  bool     // packs may be in other stores
 	live   map[[32]byte]bool
 	packs  map[[32]byte]packInfo
 
@@ -137,6 +138,9 @@ func (k *keyless) chain(ctx context.Context) error {
 		}
 		k.take(&c)
 		sum := sha256.Sum256(e.data)
+		if kind == kindTiers || kind == kindCheckpoint {
+			k.tiers = c.Tiers > 0
+		}
 		next, previous, start = n+1, sum[:], max(start, c.Start)
 		k.report.Entries = n
 	}
@@ -247,7 +251,11 @@ func (k *keyless) index(ctx context.Context, d [32]byte) (c indexClear, err erro
 
 // stored looks at the packs.
 func (k *keyless) stored(ctx context.Context) error {
-	seen := verifiedIn(k.cache)
+	tier, err := k.tier(ctx)
+	if err != nil {
+		return err
+	}
+	seen := verifiedIn(readingCache(k.cache, tier))
 	there := map[string]int64{}
 	for i, err := range k.store.List(ctx, "packs/") {
 		if err != nil {
@@ -267,12 +275,14 @@ func (k *keyless) stored(ctx context.Context) error {
 			}
 			k.mu.Lock()
 			defer k.mu.Unlock()
-			if what.second != "" {
+			if what.second == "missing" && k.tiers {
+				k.report.Elsewhere++
+			} else if what.second != "" {
 				k.problem(packName(name), what.second)
 			} else if what.first != "" {
 				k.report.Transient = append(k.report.Transient, Problem{Object: packName(name), What: what.first})
 			}
-			if read[name] {
+			if read[name] && what.second != "missing" {
 				seen.note(name)
 				k.report.ReadPacks++
 				k.report.ReadBytes += int64(p)
@@ -283,12 +293,31 @@ func (k *keyless) stored(ctx context.Context) error {
 			return nil
 		})
 	}
-	err := g.Wait()
+	err = g.Wait()
 	k.report.Unread = seen.unread(k.packs)
 	if !k.o.ReadData {
 		return err
 	}
 	return errors.Join(err, seen.save(k.packs))
+}
+
+// tier gives the name of the tier that the store says it is; "" for none.
+func (k *keyless) tier(ctx context.Context) (string, error) {
+	raw, err := getDocument(ctx, k.store, tierName, seal.Tier, k.id)
+	switch {
+	case err == nil:
+		name, err := markName(raw)
+		if errors.Is(err, ErrDamaged) {
+			k.problem(tierName, err.Error())
+			err = nil
+		}
+		return name, err
+	case errors.Is(err, ErrDamaged):
+		k.problem(tierName, err.Error())
+	case !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, seal.ErrForeign):
+		return "", err
+	}
+	return "", nil
 }
 
 // pack gives how many bytes were read, and what is wrong.

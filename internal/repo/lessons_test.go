@@ -71,14 +71,15 @@ func TestLesson05SilentlyPartialListing(t *testing.T) {
 // this package that asks for the time is known, with what for.
 func TestLesson07NoClockDecides(t *testing.T) {
 	known := map[string]string{
-		"Repo.watch":       "the pruner's own watching, monotonic",
-		"Repo.Begin":       "when to announce again, monotonic",
-		"Run.announceSome": "when to announce again, monotonic",
-		"Run.settle":       "when to announce again, monotonic",
-		"Repo.appendContent":      "a label of the entry, for people",
-		"putSlot":          "a label of the key slot, for people",
-		"initialize":       "a label of the repository, for people",
-		"Repo.ExportKeys":  "a label of the file, for people",
+		"Repo.watch":         "the pruner's own watching, monotonic",
+		"Repo.begin":         "when to announce again, monotonic",
+		"Repo.putPack":       "how old a pack is, by which it goes to a tier: where it lies, not whether",
+		"Run.announceSome":   "when to announce again, monotonic",
+		"Run.settle":         "when to announce again, monotonic",
+		"Repo.appendContent": "a label of the entry, for people",
+		"putSlot":            "a label of the key slot, for people",
+		"initialize":         "a label of the repository, for people",
+		"Repo.ExportKeys":    "a label of the file, for people",
 	}
 	uses(t, known, func(pkg, name string) bool {
 		return pkg == "time" && (name == "Now" || name == "Since" || name == "Until")
@@ -88,7 +89,7 @@ func TestLesson07NoClockDecides(t *testing.T) {
 // Lesson 6: who owned the maintenance was told by its host's name, which two
 // hosts shared. Here a host's name is written for people, and read by nobody.
 func TestLesson06NoHostNameDecides(t *testing.T) {
-	known := map[string]string{"Repo.Begin": "in the lease, for people", "Repo.putPin": "in the pin, for people"}
+	known := map[string]string{"Repo.begin": "in the lease, for people", "Repo.putPin": "in the pin, for people"}
 	uses(t, known, func(pkg, name string) bool { return pkg == "os" && name == "Hostname" })
 }
 

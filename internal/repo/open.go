@@ -136,7 +136,8 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}
-	r := &Repo{store: s, id: id, pub: ed25519.PublicKey(c.VerifyKey), secret: bytes.Clone(passphrase), slotKDF: seal.DefaultKDF()}
+	tiers := blob.NewTiers(s, packsPrefix, tierName)
+	r := &Repo{store: tiers, tiers: tiers, openTier: o.OpenTier, id: id, pub: ed25519.PublicKey(c.VerifyKey), secret: bytes.Clone(passphrase), slotKDF: seal.DefaultKDF()}
 	if o.Compression == Small {
 		r.compressor = codec.Small
 	}
@@ -155,7 +156,12 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
 	r.config, r.created = sha256.Sum256(p), c.Created
-	if err := r.load(ctx); err != nil {
+	if err := r.load(ctx); errors.Is(err, ErrRolledBack) {
+		return nil, r.behind(ctx, err)
+	} else if err != nil {
+		return nil, err
+	}
+	if err := r.settle(ctx); err != nil {
 		return nil, err
 	}
 	if r.state.keyring > u.number {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
@@ -116,7 +117,7 @@ func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena
 	number, master := r.ring.Newest()
 	buf := arenas.Get().(*[]byte)
 	p, entries := pack.Build(*buf, seal.NewHeader(seal.Pack, kind, number, r.id), master, plain)
-	k := index.Pack{Name: sha256.Sum256(p), Size: int64(len(p)), Kind: kind, Items: make([]index.Item, len(entries))}
+	k := index.Pack{Name: sha256.Sum256(p), Size: int64(len(p)), Kind: kind, Made: time.Now().Unix(), Items: make([]index.Item, len(entries))}
 	for i, e := range entries {
 		k.Items[i] = index.Item{ID: e.ID, Stored: e.Stored}
 	}

@@ -139,6 +139,9 @@ func (p *pruner) start(ctx context.Context) error {
 		p.m.own = p.run.lease
 	}
 	p.o.Report("list", 0, 0)
+	if err := p.reachable(ctx); err != nil {
+		return err
+	}
 	for i, err := range p.r.store.List(ctx, "packs/") {
 		if err != nil {
 			return fmt.Errorf("list packs: %w", err)

@@ -75,7 +75,7 @@ func (p *pruner) writeCheckpoint(ctx context.Context) error {
 	if what, err := back.differs(a); err != nil || what != "" {
 		return errors.Join(err, fmt.Errorf("its %s would be lost; this is a defect of this program, and nothing was written", what))
 	}
-	return p.r.appendContent(ctx, kindCheckpoint, entryClear{Adds: adds}, content, nil, p.unmoved)
+	return p.r.appendContent(ctx, kindCheckpoint, entryClear{Adds: adds, Tiers: len(a.tiers)}, content, nil, p.unmoved)
 }
 
 // abridged is the state that was marked, without what can matter to nobody any
@@ -170,7 +170,7 @@ func (r *Repo) prove(ctx context.Context, s *state, numbers []uint64) error {
 		return fmt.Errorf("%w: entry %d, where the chain begins, is not there", ErrDamaged, start)
 	}
 	numbers = slices.DeleteFunc(slices.Clone(numbers[from:]), func(n uint64) bool { return n > s.head })
-	back := r.begin()
+	back := r.genesis()
 	back.head, back.unknown = start-1, true
 	back.proving = true
 	if _, err := r.follow(ctx, back, numbers, nil); err != nil {

@@ -81,9 +81,18 @@ type shelved struct {
 // 16 to 64 lower-case hex digits and new, and only then reads what is present
 // (docs/format.md §6.1).
 func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
+	return r.begin(ctx, session, "")
+}
+
+// begin is Begin; tier is the one whose packs will be moved, or "".
+func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	lease := session
 	host, _ := os.Hostname()
-	who, err := json.Marshal(map[string]any{"host": host, "pid": os.Getpid()})
+	l := map[string]any{"host": host, "pid": os.Getpid()}
+	if tier != "" {
+		l["tier"] = tier
+	}
+	who, err := json.Marshal(l)
 	if err != nil {
 		return nil, err
 	}

@@ -62,11 +62,18 @@ func (p *pruner) sweep(ctx context.Context) error {
 		for i, name := range free {
 			sizes[i] = p.size(name)
 		}
+		tiers, err := p.heirs(ctx, free)
+		if err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
 		old, err := p.supersede(ctx, free)
 		if errors.Is(err, errMoved) {
 			continue
 		} else if err != nil {
 			return fmt.Errorf("sweep: %w", err)
+		}
+		if err := p.mirrors(ctx, tiers); err != nil {
+			return err
 		}
 		return p.remove(ctx, free, sizes, old)
 	}

@@ -20,6 +20,7 @@ type Pack struct {
 	Name  [32]byte // SHA-256
 	Size  int64    // stored bytes
 	Kind  uint16
+	Made  int64 // seconds since 1970, by the writer's clock; 0: not known. Not in the cache
 	Items []Item
 }
 

@@ -44,6 +44,7 @@ const (
 	Lease   = "HFLS"
 	Beat    = "HFBT"
 	Pin     = "HFPN"
+	Tier    = "HFTR"
 )
 
 var (
