@@ -59,3 +59,7 @@ func TestDirTemporaries(t *testing.T) {
 		t.Fatalf("listed %v, %v", i, err)
 	}
 }
+
+func TestLocking(t *testing.T) {
+	blobtest.Store(t, func(*testing.T) blob.Store { return new(blobtest.Locking) })
+}
