@@ -82,7 +82,7 @@ The exit status is 1 when something is damaged.`,
 }
 
 func listProblems(r *repo.CheckReport) {
-	r.Problems, r.Transient = list(r.Problems), list(r.Transient)
+	r.Problems, r.Transient, r.Undeleted = list(r.Problems), list(r.Transient), list(r.Undeleted)
 }
 
 func problemTable(problems []repo.Problem) string {

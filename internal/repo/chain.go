@@ -37,6 +37,7 @@ const (
 	kindKeys
 	kindCheckpoint
 	kindDistrust
+	kindLocks
 )
 
 // entryClear is an entry's clear part.
@@ -47,6 +48,8 @@ type entryClear struct {
 	Adds     []seal.Hex `json:"adds,omitempty"`
 	Drops    []seal.Hex `json:"drops,omitempty"`
 	Lease    string     `json:"lease,omitempty"`
+
+	Locks *Immutability `json:"locks,omitempty"`
 }
 
 // entrySealed is the union of all kinds' sealed parts.
@@ -92,6 +95,8 @@ type state struct {
 	// quarantined is the newest entry that put packs into quarantine, moved the
 	// newest that changed which copies count: quarantine, sweep, distrust.
 	quarantined, moved uint64
+	// locks is the rule on immutability; a checkpoint carries its Immutability.
+	locks lockState
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps.
 	gaps []string
@@ -177,6 +182,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		s.points[e.Point.ID] = *e.Point
 		s.order = append(s.order, e.Point.ID)
 		s.over[c.Lease] = k
+		s.locks.commit = c.Number
 	case kindForget:
 		for _, id := range e.Points {
 			if p, ok := s.points[id]; ok {
@@ -213,6 +219,11 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 		}
 		s.moved = c.Number
+		s.locks.distrusted = c.Number
+	case kindLocks:
+		if err := s.locks.take(c.Locks); err != nil {
+			return err
+		}
 	default:
 		return fmt.Errorf("%w: chain entry of kind %d", ErrVersion, k)
 	}
@@ -568,7 +579,9 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 			return err
 		}
 		if mine {
-			return r.refreshLocked(context.WithoutCancel(ctx))
+			err := r.refreshLocked(context.WithoutCancel(ctx))
+			r.lockEntry(ctx, c.Number)
+			return err
 		}
 	}
 }

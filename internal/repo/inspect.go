@@ -343,7 +343,7 @@ func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secr
 
 func entryMeaning(k kind) string {
 	names := []string{kindAdd: "add", kindCommit: "commit", kindForget: "forget", kindKeep: "keep", kindRevoke: "revoke",
-		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust"}
+		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust", kindLocks: "locks"}
 	if int(k) >= len(names) {
 		return ""
 	}

@@ -47,7 +47,7 @@ func CheckKeyless(ctx context.Context, s blob.Store, cache string, o CheckOption
 }
 
 func (k *keyless) check(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{k.chain, k.keys, k.indexes, k.stored} {
+	for _, step := range []func(context.Context) error{k.chain, k.keys, k.indexes, k.stored, k.locks} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -64,6 +64,7 @@ type keyless struct {
 	pub    []byte
 	config [32]byte // its SHA-256
 	live   map[[32]byte]bool
+	rule   lockState
 	packs  map[[32]byte]packInfo
 
 	mu     sync.Mutex // guards report while packs are read
@@ -145,6 +146,11 @@ func (k *keyless) missing(next, n uint64) uint64 {
 }
 
 func (k *keyless) take(c *entryClear) {
+	if c.Locks != nil {
+		if err := k.rule.take(c.Locks); err != nil {
+			k.problem(entryName(c.Number), err.Error())
+		}
+	}
 	for _, d := range c.Adds {
 		if len(d) == 32 {
 			k.live[[32]byte(d)] = true

@@ -141,11 +141,11 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 		r.compressor = codec.Small
 	}
 	r.cache = filepath.Join(o.Cache, r.ID())
-	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot())
+	r.locks, r.now = locksIn(r.cache), time.Now
+	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot(), nil)
 	if err != nil {
 		return nil, err
 	}
-	r.useSlot(u.slot)
 	r.ring.now.Store(u)
 	r.sign = ed25519.NewKeyFromSeed(u.ring.Sign)
 	if !r.pub.Equal(r.sign.Public()) {
@@ -163,6 +163,9 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 		if err := r.learn(ctx); err != nil {
 			return nil, err
 		}
+	}
+	if err := r.stillOpens(ctx); err != nil {
+		return nil, err
 	}
 	if r.index, err = index.Open(filepath.Join(r.cache, "index"), r.live); err != nil {
 		return nil, err

@@ -43,7 +43,7 @@ MAX_ITEMS = 1 << 20
 HEADER = 64
 TAG = 16
 KINDS = {1: "add", 2: "commit", 3: "forget", 4: "keep", 5: "revoke", 6: "quarantine", 7: "sweep",
-         8: "keys", 9: "checkpoint", 10: "distrust"}
+         8: "keys", 9: "checkpoint", 10: "distrust", 11: "locks"}
 
 
 class Damage(Exception):
