@@ -39,12 +39,17 @@ func (n *Node) Check(ctx context.Context, q CheckRequest) (*repo.CheckReport, er
 }
 
 func (n *Node) check(ctx context.Context, o repo.CheckOptions, m *mover.Meter) (*repo.CheckReport, error) {
+	back, err := n.undelete(ctx) // before it is opened: it may not open without
+	if err != nil {
+		return nil, err
+	}
 	r, err := n.Repo(ctx)
 	if err != nil {
 		return nil, err
 	}
 	end := n.o.Report.task("check", m)
 	defer end()
+	o.Undeleted = back
 	return r.Check(ctx, o)
 }
 
@@ -52,6 +57,13 @@ func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.M
 	path, err := n.Location()
 	if err != nil {
 		return nil, err
+	}
+	hidden, err := n.hidden(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	if len(hidden) > 0 && hidden[0].Object == "config" {
+		return &repo.CheckReport{Problems: hidden}, nil // what it would prove the rest by
 	}
 	store, err := n.store(ctx, path)
 	if err != nil {
@@ -67,6 +79,7 @@ func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.M
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
+	report.Problems = append(report.Problems, hidden...)
 	return report, nil
 }
 
