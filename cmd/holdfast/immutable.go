@@ -80,7 +80,7 @@ points; what is locked stays locked until its time.`,
 			return a.result(rule, func() string { return ruleText(rule) })
 		},
 	}
-	cmd.Flags().StringVar(&mode, "mode", "", "who may end a lock: `governance` (a special right on the store, the default), or compliance (nobody)")
+	cmd.Flags().StringVar(&mode, "mode", "", "who may end a lock, `MODE` governance (a special right on the store, the default) or compliance (nobody)")
 	return cmd
 }
 

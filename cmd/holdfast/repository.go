@@ -50,8 +50,8 @@ for so long: see "holdfast help repo immutable".`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&immutable, "immutable", "", "for how `LONG` restore points cannot be deleted, as 30d")
-	cmd.Flags().StringVar(&mode, "immutable-mode", "governance", "who may end that: `governance` (a special right on the store), or compliance (nobody)")
+	cmd.Flags().StringVar(&immutable, "immutable", "", "for what `PERIOD` restore points cannot be deleted, as 30d")
+	cmd.Flags().StringVar(&mode, "immutable-mode", "governance", "who may end that, `MODE` governance (a special right on the store) or compliance (nobody)")
 	return cmd
 }
 
