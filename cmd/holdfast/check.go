@@ -13,6 +13,9 @@ import (
 	"holdfast/internal/repo"
 )
 
+// errVandal is the result of a check that has undone something.
+var errVandal = errors.New("somebody had deleted or overwritten what the repository needs, and it is back")
+
 // errDamage is the result of a check that found some.
 var errDamage = errors.New("the repository is damaged")
 
@@ -58,7 +61,12 @@ once and right when it was read again is told, and is no damage.
 With --keyless no passphrase is asked for: whoever keeps the store proves that
 all that should be there is there, unchanged, and sees nothing of what it is.
 
-The exit status is 1 when something is damaged.`,
+Where the store keeps versions, what somebody has deleted or overwritten there is
+found, and brought back, also when the repository does not even open. With a rule
+on immutability the store is tried for its locks, those of all that restore points
+need are read, and what is not locked long enough is locked.
+
+The exit status is 1 when something is damaged, or was brought back.`,
 		Example: `  holdfast check
   holdfast check --read-data=5 --quiet
   holdfast check --keyless --read-data --json --repo /srv/their-repository`,
@@ -82,7 +90,7 @@ The exit status is 1 when something is damaged.`,
 }
 
 func listProblems(r *repo.CheckReport) {
-	r.Problems, r.Transient = list(r.Problems), list(r.Transient)
+	r.Problems, r.Transient, r.Undeleted = list(r.Problems), list(r.Transient), list(r.Undeleted)
 }
 
 func problemTable(problems []repo.Problem) string {
@@ -104,6 +112,12 @@ func checkText(r *repo.CheckReport, readData, keyless bool, d time.Duration) str
 	}
 	if r.Elsewhere > 0 {
 		fmt.Fprintf(&b, "%s of these %s not in this store: what lies in another one is proved there\n", count(r.Elsewhere, "pack"), is(r.Elsewhere))
+	}
+	if n := len(r.Undeleted); n > 0 {
+		fmt.Fprintf(&b, "%s back that somebody had deleted or overwritten\n", count(n, "object"))
+	}
+	if r.Locks != nil {
+		fmt.Fprintf(&b, "immutable for %s (%s): %s", count(r.Locks.Days, "day"), r.Locks.Mode, locksText(r.Locks, keyless))
 	}
 	read := "their data was not read (--read-data)"
 	if readData {
@@ -130,6 +144,9 @@ func is(n int) string {
 
 // damage is the error of a report with problems.
 func damage(r *repo.CheckReport, keyless bool) error {
+	if n := len(r.Undeleted); len(r.Problems) == 0 && n > 0 {
+		return fmt.Errorf("%w: %s; nothing is lost, but find out who, and change the store's credentials", errVandal, count(n, "object"))
+	}
 	if len(r.Problems) == 0 {
 		return nil
 	}

@@ -254,7 +254,10 @@ func pruneText(r *repo.PruneReport) string {
 	if r.Removed > 0 {
 		line("%s (%s) %s.", count(r.Removed, "pack"), size(r.RemovedBytes), would("removed", "would be removed"))
 	}
-	if r.Quarantined+r.Removed+r.Waiting == 0 {
+	if r.Locked > 0 {
+		line("%s", lockedText(r))
+	}
+	if r.Quarantined+r.Removed+r.Waiting+r.Locked == 0 {
 		line("Nothing to free.")
 	}
 	if r.Waiting > 0 {

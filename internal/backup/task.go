@@ -55,7 +55,7 @@ func (t *task) run(ctx context.Context) error {
 		p.Files = append(p.Files, saved)
 	}
 	t.step("committing")
-	if err := t.write.Flush(ctx); err != nil {
+	if err := t.write.Lock(ctx, p); err != nil {
 		return err
 	}
 	if err := t.reference(ctx, p); err != nil {

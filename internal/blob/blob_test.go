@@ -146,3 +146,7 @@ func TestDirLinked(t *testing.T) {
 		}
 	}
 }
+
+func TestLocking(t *testing.T) {
+	blobtest.Store(t, func(*testing.T) blob.Store { return new(blobtest.Locking) })
+}

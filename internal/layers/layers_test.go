@@ -127,6 +127,10 @@ func sameUnit(a, b string) bool {
 // check returns why a file of package from, a test or not, may not import to;
 // nil if it may.
 func check(from string, test bool, to string) error {
+	if of, ok := testers[from]; ok {
+		// As a test of the package that it is for.
+		from, test = of, true
+	}
 	if to != module && !strings.HasPrefix(to, module+"/") {
 		for mod, owner := range foreign {
 			if (to == mod || strings.HasPrefix(to, mod+"/")) && from != owner {
@@ -136,10 +140,6 @@ func check(from string, test bool, to string) error {
 		return nil
 	}
 	to = strings.TrimPrefix(to, module+"/")
-	if of, ok := testers[from]; ok {
-		// As a test of the package that it is for.
-		from, test = of, true
-	}
 	if from == to {
 		return nil
 	}

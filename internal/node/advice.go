@@ -22,6 +22,9 @@ var advice = []struct {
 	unless string
 	say    string
 }{
+	{repo.ErrHidden, "", "\"holdfast check\" brings it back"},
+	{blob.ErrNoLock, "", "docs/admin.md says under Immutability what a store needs; \"holdfast repo immutable off\" ends the rule"},
+	{repo.ErrLockMode, "", "stay with governance, or make a new repository with compliance and copy to it"},
 	{repo.ErrPassphrase, "or type it again", "check HOLDFAST_PASSPHRASE or HOLDFAST_PASSPHRASE_FILE, or type it again"},
 	{repo.ErrKeys, "put it back", "run it again with a passphrase that is valid now"},
 	{repo.ErrSlotInUse, "", "say --own to remove it all the same, or open the repository with another one"},

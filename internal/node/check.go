@@ -42,6 +42,10 @@ func (n *Node) Check(ctx context.Context, q CheckRequest) (*repo.CheckReport, er
 }
 
 func (n *Node) check(ctx context.Context, o repo.CheckOptions, m *mover.Meter) (*repo.CheckReport, error) {
+	back, err := n.undelete(ctx) // before it is opened: it may not open without
+	if err != nil {
+		return nil, err
+	}
 	r, err := n.Repo(ctx)
 	if err != nil {
 		return nil, err
@@ -60,6 +64,7 @@ func (n *Node) check(ctx context.Context, o repo.CheckOptions, m *mover.Meter) (
 	if err != nil {
 		return nil, err
 	}
+	o.Undeleted = back
 	report, err := r.Check(ctx, o)
 	return withProblems(report, caught), err
 }
@@ -95,6 +100,13 @@ func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.M
 	if err != nil {
 		return nil, err
 	}
+	hidden, err := n.hidden(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	if len(hidden) > 0 && hidden[0].Object == "config" {
+		return &repo.CheckReport{Problems: hidden}, nil // what it would prove the rest by
+	}
 	store, err := n.store(ctx, path)
 	if err != nil {
 		return nil, err
@@ -113,7 +125,7 @@ func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.M
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return withProblems(report, caught), nil
+	return withProblems(report, append(caught, hidden...)), nil
 }
 
 func sortProblems(p []repo.Problem) {

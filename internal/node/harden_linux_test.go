@@ -14,6 +14,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/harden"
+	"holdfast/internal/repo"
 )
 
 // A repository's directory is prepared, locks and lets go; its layout has a
@@ -38,18 +39,18 @@ func TestHarden(t *testing.T) {
 		Report:     Report{Note: func(line string) { t.Log(line) }},
 	})
 	defer n.Close()
-	if _, err := n.Init(ctx); err != nil {
+	if _, err := n.Init(ctx, repo.Immutability{}); err != nil {
 		t.Fatal(err)
 	}
-	repo := n.o.Repo
-	store, err := blob.OpenDir(repo)
+	where := n.o.Repo
+	store, err := blob.OpenDir(where)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := store.Canary(ctx, blob.Governance); !errors.Is(err, blob.ErrNoLock) {
 		t.Errorf("not hardened yet: %v", err)
 	}
-	q := HardenRequest{Dir: repo, User: "54321:54321", Once: true}
+	q := HardenRequest{Dir: where, User: "54321:54321", Once: true}
 	h, err := n.Harden(ctx, q, nil)
 	if errors.Is(err, harden.ErrFilesystem) {
 		t.Skipf("SKIPPED, AND NOT TESTED: %v", err)
@@ -71,11 +72,11 @@ func TestHarden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	request := filepath.Join(repo, blob.HardenRequests, strings.Repeat("a", 32))
+	request := filepath.Join(where, blob.HardenRequests, strings.Repeat("a", 32))
 	if err := errors.Join(os.WriteFile(request, text, 0o600), os.Chown(request, 54321, 54321)); err != nil {
 		t.Fatal(err)
 	}
-	if h, err = n.Harden(ctx, HardenRequest{Dir: repo, Once: true}, nil); err != nil || h.Locked != len(wishes) || len(wishes) < 3 || h.Refused != 0 {
+	if h, err = n.Harden(ctx, HardenRequest{Dir: where, Once: true}, nil); err != nil || h.Locked != len(wishes) || len(wishes) < 3 || h.Refused != 0 {
 		t.Fatalf("%d wishes: %+v, %v", len(wishes), h, err)
 	}
 	for _, w := range wishes {
@@ -83,10 +84,10 @@ func TestHarden(t *testing.T) {
 			t.Errorf("delete %s: %v", w.Name, err)
 		}
 	}
-	if s, err := n.HardenStatus(ctx, repo); err != nil || s.Locks != len(wishes) || s.Earliest == nil || s.Earliest.Unix() != until || len(s.Missing)+len(s.Bare)+len(s.Stray) > 0 {
+	if s, err := n.HardenStatus(ctx, where); err != nil || s.Locks != len(wishes) || s.Earliest == nil || s.Earliest.Unix() != until || len(s.Missing)+len(s.Bare)+len(s.Stray) > 0 {
 		t.Errorf("%+v, %v", s, err)
 	}
-	if h, err := n.Harden(ctx, HardenRequest{Dir: repo, Release: true, DryRun: true}, nil); err != nil || h.Released != 0 {
+	if h, err := n.Harden(ctx, HardenRequest{Dir: where, Release: true, DryRun: true}, nil); err != nil || h.Released != 0 {
 		t.Errorf("%+v, %v", h, err)
 	}
 	if fmt.Sprint(storePlaces()[7:9], len(storePlaces())) != "[packs/00 packs/01] 263" {

@@ -150,7 +150,12 @@ func (n *Node) Repo(ctx context.Context) (*repo.Repo, error) {
 		return nil, err
 	}
 	r, err := repo.Open(ctx, store, n.passphrase, o)
-	if errors.Is(err, repo.ErrDamaged) {
+	if err != nil {
+		err = repo.WhyClosed(ctx, store, err)
+	}
+	if errors.Is(err, repo.ErrHidden) {
+		return nil, fmt.Errorf("open the repository %s: %w", path, err)
+	} else if errors.Is(err, repo.ErrDamaged) {
 		return nil, fmt.Errorf("open the repository %s: %w; put that object back from a copy of the repository", path, err)
 	} else if err != nil {
 		return nil, fmt.Errorf("open the repository %s: %w", path, err)
@@ -178,7 +183,8 @@ type Made struct {
 
 // Init makes a repository in a directory that is missing or empty, or under an
 // empty prefix of a bucket.
-func (n *Node) Init(ctx context.Context) (Made, error) {
+// With a rule on immutability the store must prove first that it keeps it.
+func (n *Node) Init(ctx context.Context, rule repo.Immutability) (Made, error) {
 	path, err := n.Location()
 	if err != nil {
 		return Made{}, err
@@ -198,8 +204,18 @@ func (n *Node) Init(ctx context.Context) (Made, error) {
 	if err != nil {
 		return Made{}, fmt.Errorf("make the repository: %w", err)
 	}
+	if rule.Days > 0 {
+		if err := repo.TryLocks(ctx, store, rule.Mode); err != nil {
+			return Made{}, fmt.Errorf("nothing was made: immutability: %w", err)
+		}
+	}
 	if n.repo, err = repo.Init(ctx, store, n.passphrase, o); err != nil {
 		return Made{}, fmt.Errorf("make the repository %s: %w", path, err)
+	}
+	if rule.Days > 0 {
+		if err := n.repo.SetImmutable(ctx, rule, nil); err != nil {
+			return Made{}, fmt.Errorf("the repository is made, but without immutability: %w", err)
+		}
 	}
 	return Made{n.repo.ID(), path}, nil
 }

@@ -62,7 +62,7 @@ func (n *Node) store(ctx context.Context, location string) (s blob.Store, err er
 	_, err = s.Get(ctx, "config", 0, 1)
 	switch {
 	case errors.Is(err, blob.ErrNotExist):
-		return nil, fmt.Errorf("%s: %w", location, repo.ErrNotRepository)
+		return nil, fmt.Errorf("%s: %w", location, repo.WhyClosed(ctx, s, repo.ErrNotRepository))
 	case err != nil && onS3(location) && !errors.Is(err, blob.ErrTruncated):
 		return nil, fmt.Errorf("open the repository %s: %w", location, err)
 	}

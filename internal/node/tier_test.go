@@ -49,7 +49,7 @@ func TestTierOnS3(t *testing.T) {
 	})
 	t.Run("versitygw", func(t *testing.T) {
 		endpoint := s3test.Versitygw(t, "archive")
-		testTierOnS3(t, "s3://archive/tier?path-style=1&endpoint="+endpoint, &s3.Keys{Access: "access", Secret: "secret"})
+		testTierOnS3(t, "s3://archive/tier?path-style=1&endpoint="+endpoint, &s3.Keys{Access: s3test.AccessKey, Secret: s3test.SecretKey})
 	})
 }
 

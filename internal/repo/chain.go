@@ -31,7 +31,7 @@ const (
 	kindKeys
 	kindCheckpoint
 	kindDistrust
-	_
+	kindLocks
 	kindTiers
 )
 
@@ -45,6 +45,8 @@ type entryClear struct {
 	Lease    string     `json:"lease,omitempty"`
 	Start    uint64     `json:"start,omitempty"` // state.older after this entry
 	Tiers    int        `json:"tiers,omitempty"` // how many, where an entry tells them
+
+	Locks *Immutability `json:"locks,omitempty"`
 }
 
 // entrySealed is the union of all kinds' sealed parts.
@@ -100,6 +102,8 @@ type state struct {
 	// checkpoint is the number of the newest one, older that of the one before
 	// it, from which the chain has to be read.
 	checkpoint, older uint64
+	// locks is the rule on immutability; a checkpoint carries its Immutability.
+	locks lockState
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps. healed are those before a
 	// checkpoint, which has what they said.
@@ -170,7 +174,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	switch k {
 	case kindAdd:
 		if len(c.Drops) > 0 {
-			s.mended = c.Number
+			s.mended, s.locks.Distrusted = c.Number, c.Number
 		}
 	case kindKeys:
 		if err := s.takeKeys(e); err != nil {
@@ -192,6 +196,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		s.points[e.Point.ID] = *e.Point
 		s.order = append(s.order, e.Point.ID)
 		s.over[c.Lease] = k
+		s.locks.Commit = c.Number
 	case kindForget:
 		for _, id := range e.Points {
 			if p, ok := s.points[id]; ok {
@@ -229,6 +234,11 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 		}
 		s.moved = c.Number
+		s.locks.Distrusted = c.Number
+	case kindLocks:
+		if err := s.locks.take(c.Locks); err != nil {
+			return err
+		}
 	default:
 		return fmt.Errorf("%w: chain entry of kind %d", ErrVersion, k)
 	}
@@ -423,7 +433,9 @@ func (r *Repo) appendContent(ctx context.Context, k kind, c entryClear, content 
 			return err
 		}
 		if mine {
-			return r.arrived(context.WithoutCancel(ctx), c.Number, p, point)
+			err := r.arrived(context.WithoutCancel(ctx), c.Number, p, point)
+			r.lockEntry(ctx, c.Number)
+			return err
 		}
 	}
 }

@@ -24,6 +24,9 @@ type CheckOptions struct {
 	// whose last reading by this machine is the longest ago. Repeated checks read
 	// everything in 100/Percent times. 0 and 100 read all.
 	Percent float64
+	// Undeleted is what was brought back before, for the report: that it is not
+	// locked is no further problem.
+	Undeleted []Undeleted
 	// Report is told how many bytes of packs were looked at, of how many.
 	Report func(done, total int64)
 }
@@ -51,6 +54,10 @@ type CheckReport struct {
 	Elsewhere int `json:"elsewhere_packs,omitempty"`
 	// Distrusted counts damaged copies that the next runs will store again.
 	Distrusted int `json:"distrusted"`
+
+	Locks *LockReport `json:"locks,omitempty"` // nil without a rule on immutability
+	// Undeleted is what somebody had deleted or overwritten, and is back.
+	Undeleted []Undeleted `json:"undeleted"`
 
 	worn []wornPack // damaged and not mended
 }
@@ -107,6 +114,9 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.still(ctx); err != nil {
 		return nil, err
 	}
+	if err := c.locks(ctx); err != nil {
+		return nil, err
+	}
 	if len(c.r.current().gaps) > 0 || c.r.mirrorOf != "" {
 		return &c.report, nil // nothing can be recorded in a chain with gaps
 	}
@@ -117,7 +127,7 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 }
 
 func newChecker(r *Repo, o CheckOptions) *checker {
-	return &checker{r: r, o: o, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
+	return &checker{r: r, o: o, report: CheckReport{Undeleted: o.Undeleted}, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
 }
 
 type packInfo struct {

@@ -34,6 +34,7 @@ func (s *state) parts(adds []seal.Hex) map[string]any {
 		"moved":       &s.moved,
 		"mended":      &s.mended,
 		"tiers":       &s.tiers,
+		"locks":       &s.locks,
 		"before":      &via[uint64]{func() uint64 { return s.checkpoint }, func(n uint64) error { s.older = n; return nil }},
 	}
 }

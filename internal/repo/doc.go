@@ -9,7 +9,8 @@
 // gathered in a packer in disk order, sealed into packs and stored. Map nodes
 // go the same way through a packer of their own. Flush writes the index
 // objects; Commit creates the next entry of the chain, and with that the
-// restore point.
+// restore point. With a rule on immutability, all that the point needs is locked
+// in the store and read back before (docs/format.md §6.3).
 //
 // A DiskReader looks ids up in the map, finds their places in the index, reads
 // neighbours in a pack with one request, opens and decodes.

@@ -343,7 +343,8 @@ func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secr
 
 func entryMeaning(k kind) string {
 	names := []string{kindAdd: "add", kindCommit: "commit", kindForget: "forget", kindKeep: "keep", kindRevoke: "revoke",
-		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust", kindTiers: "tiers"}
+		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust",
+		kindLocks: "locks", kindTiers: "tiers"}
 	if int(k) >= len(names) {
 		return ""
 	}

@@ -47,7 +47,7 @@ func CheckKeyless(ctx context.Context, s blob.Store, cache string, o CheckOption
 }
 
 func (k *keyless) check(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{k.chain, k.keys, k.indexes, k.stored} {
+	for _, step := range []func(context.Context) error{k.chain, k.keys, k.indexes, k.stored, k.locks} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -65,6 +65,7 @@ type keyless struct {
 	config [32]byte // its SHA-256
 	tiers  bool     // packs may be in other stores
 	live   map[[32]byte]bool
+	rule   lockState
 	packs  map[[32]byte]packInfo
 
 	mu     sync.Mutex // guards report while packs are read
@@ -166,6 +167,11 @@ func absent(first, last uint64) gap {
 }
 
 func (k *keyless) take(c *entryClear) {
+	if c.Locks != nil {
+		if err := k.rule.take(c.Locks); err != nil {
+			k.problem(entryName(c.Number), err.Error())
+		}
+	}
 	for _, d := range c.Adds {
 		if len(d) == 32 {
 			k.live[[32]byte(d)] = true

@@ -41,6 +41,7 @@ type unlocked struct {
 	slot       string // id of the slot that it came from; "" when it was given
 	generation int    // of the root key
 	number     int    // of the keyring
+	name       string // of the keyring
 	ring       *seal.Ring
 }
 
@@ -85,7 +86,7 @@ func (r *Repo) learn(ctx context.Context) error {
 	}
 	u := rings.open(old.root)
 	if (u == nil || rings.newest() > u.number) && len(r.secret) > 0 {
-		v, err := unlock(ctx, r.store, r.id, r.secret, nil, old.slot)
+		v, err := unlock(ctx, r.store, r.id, r.secret, nil, old.slot, r.current().removed)
 		switch {
 		case err == nil:
 			u = v
@@ -182,7 +183,7 @@ func (r *rings) open(root *seal.Key) *unlocked {
 			r.damage = fmt.Errorf("%s: %w", d.name, err)
 			continue
 		}
-		return &unlocked{root: root, generation: clear.Root, number: d.number, ring: ring}
+		return &unlocked{root: root, generation: clear.Root, number: d.number, name: d.name, ring: ring}
 	}
 	return nil
 }
@@ -276,7 +277,8 @@ func (k *slotDoc) open(c *credential) (*seal.Key, error) {
 // unlock finds the root key, which may be given, or else is in the slot that the
 // passphrase opens, and with it the newest keyring. The slot first is tried before
 // the others: each costs time.
-func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte, first string) (*unlocked, error) {
+// Slots in removed open nothing, though a lock may keep them.
+func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte, first string, removed map[string]bool) (*unlocked, error) {
 	for try := 1; ; try++ {
 		rings, err := readRings(ctx, s, id)
 		if err != nil {
@@ -287,7 +289,7 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []by
 				return u, nil
 			}
 		}
-		u, unlockErr := unlockSlot(ctx, s, id, newCredential(passphrase), &rings, first)
+		u, unlockErr := unlockSlot(ctx, s, id, newCredential(passphrase), &rings, first, removed)
 		if unlockErr == nil || try == 3 {
 			return u, unlockErr
 		}
@@ -304,11 +306,12 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []by
 
 // unlockSlot tries the slots. One whose root key opens no keyring is left from
 // a change of keys that was cut off.
-func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, rings *rings, first string) (*unlocked, error) {
+func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, rings *rings, first string, removed map[string]bool) (*unlocked, error) {
 	slots, err := readSlots(ctx, s, id)
 	if err != nil {
 		return nil, err
 	}
+	slots = slices.DeleteFunc(slots, func(k slotDoc) bool { return removed[k.id] })
 	cost := func(k slotDoc) int {
 		switch {
 		case k.id == first:
@@ -468,5 +471,37 @@ func (c *checker) keys(ctx context.Context) error {
 			c.problem(Problem{Object: slotName(k.id), What: k.err.Error() + "; remove it with \"holdfast key remove\", and add its passphrase again"})
 		}
 	}
+	return nil
+}
+
+// stillOpens looks, when the chain is known, whether what opened the repository
+// is over: a lock may keep slots that were removed, and slots and keyrings of a
+// root key that was replaced.
+func (r *Repo) stillOpens(ctx context.Context) error {
+	s := r.current()
+	if u := r.ring.now.Load(); s.removed[u.slot] {
+		docs, err := readSlots(ctx, r.store, r.id)
+		if err != nil {
+			return err
+		}
+		if r.remaining(docs, u, "") > 0 { // with nothing else left it is better than none
+			again, err := unlock(ctx, r.store, r.id, r.secret, nil, "", s.removed)
+			if err != nil {
+				return fmt.Errorf("key %s was removed: %w", u.slot, err)
+			}
+			r.ring.now.Store(again) // another slot for the same passphrase
+		}
+	}
+	u := r.ring.now.Load()
+	if s.keyring > u.number {
+		raw, err := getDocument(ctx, r.store, ringName(r.id, s.keyring), seal.Keyring, r.id)
+		switch {
+		case err == nil && clearRoot(raw) > u.generation:
+			return ErrKeys
+		case err != nil && !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion):
+			return err
+		}
+	}
+	r.useSlot(u.slot)
 	return nil
 }

@@ -142,11 +142,11 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 		r.compressor = codec.Small
 	}
 	r.cache = filepath.Join(o.Cache, r.ID())
-	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot())
+	r.locks, r.now = locksIn(r.cache), time.Now
+	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot(), nil)
 	if err != nil {
 		return nil, err
 	}
-	r.useSlot(u.slot)
 	r.ring.now.Store(u)
 	r.sign = ed25519.NewKeyFromSeed(u.ring.Sign)
 	if !r.pub.Equal(r.sign.Public()) {
@@ -156,6 +156,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
 	r.config, r.created = sha256.Sum256(p), c.Created
+	r.state = r.genesis()
 	if err := r.load(ctx); errors.Is(err, ErrRolledBack) {
 		return nil, r.behind(ctx, err)
 	} else if err != nil {
@@ -168,6 +169,9 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 		if err := r.learn(ctx); err != nil {
 			return nil, err
 		}
+	}
+	if err := r.stillOpens(ctx); err != nil {
+		return nil, err
 	}
 	if r.index, err = r.openIndex(r.state); err != nil {
 		return nil, err

@@ -76,6 +76,11 @@ type PruneReport struct {
 	// deleted.
 	Checkpoint     uint64 `json:"checkpoint,omitempty"`
 	RemovedEntries int    `json:"removed_entries,omitempty"`
+	// Locked are packs that would go or be rewritten, and whose lock holds. They
+	// stay as they are; a prune after LockedUntil frees the last of them.
+	Locked      int        `json:"locked_packs"`
+	LockedBytes int64      `json:"locked_bytes"`
+	LockedUntil *time.Time `json:"locked_until,omitempty"`
 
 	// Lost are points of which chunks have no copy: prune cannot help them,
 	// and did not harm them.
@@ -126,6 +131,7 @@ type pruner struct {
 	m   *marker
 	// indexes are the index objects listed at the start.
 	indexes []string
+	locked  map[[32]byte]time.Time // packs that are in the way of a lock, and its end
 	report  PruneReport
 }
 
@@ -183,6 +189,7 @@ func (p *pruner) finish() {
 		return
 	}
 	p.report.Points, p.report.Pinned = len(p.m.state.points), p.m.pinned
+	p.countLocked()
 	if len(p.m.lost) > 0 {
 		p.report.Lost = p.m.missing()
 	}
@@ -193,6 +200,9 @@ func (p *pruner) finish() {
 // some; then it rewrites.
 func (p *pruner) prune(ctx context.Context) error {
 	if err := p.start(ctx); err != nil {
+		return err
+	}
+	if err := p.extend(ctx); err != nil {
 		return err
 	}
 	if err := p.quarantine(ctx, p.dead, p.leftover); err != nil {
@@ -233,8 +243,14 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 		return nil, err
 	}
 	free, wait := p.due()
-	p.count(p.dead(), left)
-	for _, name := range p.sparse() {
+	dead, sparse := p.dead(), p.sparse()
+	for _, packs := range []*[][32]byte{&left, &free, &dead, &sparse} {
+		if *packs, err = p.unlocked(ctx, *packs); err != nil {
+			return nil, err
+		}
+	}
+	p.count(dead, left)
+	for _, name := range sparse {
 		k := p.m.packs[name]
 		if s.quarantine[name] != 0 {
 			continue
@@ -388,6 +404,14 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 				return err
 			}
 		}
+		// Behind catchUp: who locks for a commit from now on is seen by unmoved.
+		packs, err := p.unlocked(ctx, packs)
+		if err != nil {
+			return err
+		}
+		if left, err = p.unlocked(ctx, left); err != nil {
+			return err
+		}
 		all := slices.Concat(packs, left)
 		if len(all) == 0 {
 			return nil
@@ -402,7 +426,7 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 			e.Packs[i] = hex.EncodeToString(name[:])
 		}
 		p.run.announcing.Lock()
-		err := p.r.append(ctx, kindQuarantine, p.run.entry(), e, p.unmoved)
+		err = p.r.append(ctx, kindQuarantine, p.run.entry(), e, p.unmoved)
 		if err == nil {
 			p.run.settle()
 		}

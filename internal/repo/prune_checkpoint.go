@@ -75,7 +75,11 @@ func (p *pruner) writeCheckpoint(ctx context.Context) error {
 	if what, err := back.differs(a); err != nil || what != "" {
 		return errors.Join(err, fmt.Errorf("its %s would be lost; this is a defect of this program, and nothing was written", what))
 	}
-	return p.r.appendContent(ctx, kindCheckpoint, entryClear{Adds: adds, Tiers: len(a.tiers)}, content, nil, p.unmoved)
+	c := entryClear{Adds: adds, Tiers: len(a.tiers)}
+	if a.locks.Mode != "" {
+		c.Locks = &a.locks.Immutability
+	}
+	return p.r.appendContent(ctx, kindCheckpoint, c, content, nil, p.unmoved)
 }
 
 // abridged is the state that was marked, without what can matter to nobody any

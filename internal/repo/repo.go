@@ -152,6 +152,8 @@ type Repo struct {
 	found       []index.Pack      // what packs that no index object lists hold; nil before a scan
 	drop        map[[32]byte]bool // the lost index objects
 
+	locks   *lockCache
+	now     func() time.Time // for locks; time.Now but in tests
 	index   *index.Index
 	openers openerCache
 	nodes   lru[pack.ID, *tree.Node]

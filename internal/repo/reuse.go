@@ -19,11 +19,21 @@ var errMoved = errors.New("the chain has moved on")
 var errUnverified = errors.New("not verified since copies were taken away")
 
 // mayCommit refuses once the lease is over, and as long as it is not certain
-// that every item of the point has a copy outside the quarantine. Certain is:
+// that every item of the point has a copy outside the quarantine, and that all
+// is locked that the rule wants to be.
+func (run *Run) mayCommit(s *state) error {
+	if err := run.rests(s); err != nil {
+		return err
+	}
+	return run.isLocked(s)
+}
+
+// rests refuses as long as it is not certain that every item of the point has a
+// copy outside the quarantine. Certain is:
 // no pack that the run used is in quarantine, and the maps that it built on
 // are those of living points, which no prune touches. Else the point's maps
 // have to be walked.
-func (run *Run) mayCommit(s *state) error {
+func (run *Run) rests(s *state) error {
 	if err := run.mayAnnounce(s); err != nil {
 		return err
 	}
@@ -72,10 +82,15 @@ func (s *state) hasRoot(root Root) bool {
 func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*state) error) error {
 	for {
 		err := run.r.append(ctx, kindCommit, run.entry(), entrySealed{Point: p}, allowed)
-		if !errors.Is(err, errUnverified) {
+		switch {
+		case errors.Is(err, errUnverified):
+			err = run.verify(ctx, p)
+		case errors.Is(err, errUnlocked):
+			err = run.lock(ctx, p)
+		default:
 			return err
 		}
-		if err := run.verify(ctx, p); err != nil {
+		if err != nil {
 			return err
 		}
 	}
@@ -119,6 +134,7 @@ func (run *Run) verify(ctx context.Context, p *Point) error {
 		}
 	}
 	run.verified = max(s.quarantined, s.mended)
+	run.locked = lockedAt{} // it may rest on other packs now
 	return nil
 }
 

@@ -67,6 +67,9 @@ type Run struct {
 	bases       []Root                 // maps that disks began as copies of
 	verified    uint64                 // up to that entry all was found present
 	began       uint64                 // the newest entry when the run began
+	basis       map[Root]tree.Root     // finished maps, and those that they began as copies of
+
+	locked lockedAt // guarded by announcing
 
 	committed bool
 }
@@ -103,11 +106,14 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 		return nil, fmt.Errorf("open a lease: %w", err)
 	}
 	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks),
-		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, announced: time.Now(), uses: map[[32]byte]bool{}}
+		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, announced: time.Now(), uses: map[[32]byte]bool{}, basis: map[Root]tree.Root{}}
 	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
 	run.files = &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
 	err = r.refresh(ctx)
+	if err == nil {
+		err = r.canLock()
+	}
 	if err == nil {
 		err = r.mend(ctx)
 	}
@@ -348,11 +354,15 @@ func (run *Run) commit(ctx context.Context, p *Point, allowed func(*state) error
 	run.mu.Lock()
 	p.NewBytes, p.StoredBytes = run.newPlain, run.stored
 	run.mu.Unlock()
+	if err := run.lock(ctx, p); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
 	if err := run.appendPoint(ctx, p, allowed); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
 	run.settle()
 	run.committed = true
+	run.settleLocks()
 	return nil
 }
 
@@ -376,7 +386,7 @@ func (run *Run) Close() error {
 	}
 	run.fail(errClosed)
 	run.beats.Wait()
-	return errors.Join(err, run.endLease(ctx))
+	return errors.Join(err, run.endLease(ctx), run.locked.warning)
 }
 
 var errClosed = errors.New("the run is closed")

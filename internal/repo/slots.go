@@ -208,6 +208,7 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 		}
 		return Slot{}, err
 	}
+	r.lockKeys(ctx)
 	return r.slot(u, k), nil
 }
 
@@ -334,9 +335,10 @@ func (r *Repo) tidy(ctx context.Context) error {
 	return nil
 }
 
-// forget deletes an object that may be gone already.
+// forget deletes an object that is over. It may be gone already, or be locked:
+// then it stays until its lock has ended, and is over all the same.
 func (r *Repo) forget(ctx context.Context, name string) error {
-	if err := r.store.Delete(ctx, name); !errors.Is(err, blob.ErrNotExist) {
+	if err := r.store.Delete(ctx, name); !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, blob.ErrLocked) {
 		return err
 	}
 	return nil

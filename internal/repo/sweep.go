@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -48,6 +49,10 @@ func (p *pruner) sweep(ctx context.Context) error {
 			return err
 		}
 		free, wait := p.due()
+		free, err := p.unlocked(ctx, free)
+		if err != nil {
+			return err
+		}
 		p.report.Waiting, p.report.WaitingBytes, p.report.WaitsFor = len(wait), 0, []Lease{}
 		for _, name := range wait {
 			p.report.WaitingBytes += p.size(name)
@@ -149,6 +154,9 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if err := flush(); err != nil {
 		return nil, err
 	}
+	if err := p.lockIndexes(ctx, c.Adds); err != nil {
+		return nil, err
+	}
 	if err := p.r.append(ctx, kindSweep, c, entrySealed{}, p.unmoved); err != nil {
 		return nil, err
 	}
@@ -174,6 +182,11 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 				p.o.Report("remove", int64(p.report.Removed), int64(len(packs)))
 				return nil
 			}
+			if errors.Is(err, blob.ErrLocked) {
+				p.m.there[name] = sizes[i]
+				p.isLocked(name, time.Time{})
+				return nil
+			}
 			failed = append(failed, err)
 			return gctx.Err()
 		})
@@ -182,7 +195,7 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 		return err
 	}
 	for _, d := range indexes {
-		if err := p.r.store.Delete(ctx, indexName(d)); err != nil && !errors.Is(err, blob.ErrNotExist) {
+		if err := p.r.forget(ctx, indexName(d)); err != nil {
 			failed = append(failed, err)
 		}
 	}
@@ -237,7 +250,7 @@ func (p *pruner) tidy(ctx context.Context) error {
 	}
 	for _, name := range p.indexes {
 		d, err := parseDigest(strings.TrimPrefix(name, "index/"))
-		if err != nil || p.m.state.indexes[d] {
+		if err != nil || p.m.state.indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
 			continue
 		}
 		ours, err := p.header(ctx, name, seal.Index)
@@ -247,7 +260,7 @@ func (p *pruner) tidy(ctx context.Context) error {
 		if !ours {
 			continue
 		}
-		if err := p.r.store.Delete(ctx, name); err != nil && !errors.Is(err, blob.ErrNotExist) {
+		if err := p.r.forget(ctx, name); err != nil {
 			return err
 		}
 	}

@@ -43,9 +43,9 @@ MAX_ITEMS = 1 << 20
 HEADER = 64
 TAG = 16
 KINDS = {1: "add", 2: "commit", 3: "forget", 4: "keep", 5: "revoke", 6: "quarantine", 7: "sweep",
-         8: "keys", 9: "checkpoint", 10: "distrust", 12: "tiers"}
+         8: "keys", 9: "checkpoint", 10: "distrust", 11: "locks", 12: "tiers"}
 CHECKPOINT = {"points", "keep", "forgotten", "pinned", "added", "quarantine", "distrust", "over", "keyring", "removed",
-              "quarantined", "moved", "mended", "committed", "tiers", "before"}
+              "quarantined", "moved", "mended", "committed", "tiers", "locks", "before"}
 
 
 class Damage(Exception):

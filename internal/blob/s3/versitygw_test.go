@@ -17,7 +17,7 @@ import (
 // bucket makes a bucket on it.
 func bucket(t *testing.T, endpoint, name string, o minio.MakeBucketOptions) Options {
 	t.Helper()
-	opts := Options{Bucket: name, Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "secret"}}
+	opts := Options{Bucket: name, Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: s3test.AccessKey, Secret: s3test.SecretKey}}
 	if err := with(t, opts).core.MakeBucket(t.Context(), name, o); err != nil {
 		t.Fatal(err)
 	}
@@ -70,14 +70,14 @@ func TestVersitygw(t *testing.T) {
 		testHidden(t, s, hide, overwrite)
 	})
 	t.Run("a wrong secret", func(t *testing.T) {
-		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "wrong"}}
+		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: s3test.AccessKey, Secret: "wrong"}}
 		if _, err := with(t, o).Get(context.Background(), "config", 0, -1); !hasCode(err, "SignatureDoesNotMatch") {
 			t.Errorf("%v", err)
 		}
 	})
 	t.Run("no locks", func(t *testing.T) {
 		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true}
-		if err := with(t, Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "secret"}}).Canary(ctx, blob.Compliance); !errors.Is(err, blob.ErrNoLock) {
+		if err := with(t, Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: s3test.AccessKey, Secret: s3test.SecretKey}}).Canary(ctx, blob.Compliance); !errors.Is(err, blob.ErrNoLock) {
 			t.Errorf("canary of %s: %v", o, err)
 		}
 	})
