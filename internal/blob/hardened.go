@@ -215,9 +215,10 @@ func (d *Dir) exchange(ctx context.Context, batch []*asked) ([]LockFact, error) 
 	rand.Read(b[:])
 	id := hex.EncodeToString(b[:])
 	request := filepath.Join(d.path(HardenRequests), id)
-	temporary := filepath.Join(d.path(HardenRequests), tmpPrefix+id)
-	if err := errors.Join(os.WriteFile(temporary, text, 0o600), os.Rename(temporary, request)); err != nil {
-		_ = os.Remove(temporary)
+	// Not written elsewhere and renamed: Linux's client of SMB may be unable to
+	// open what it has renamed. What is not whole yet is no JSON.
+	if err := os.WriteFile(request, text, 0o600); err != nil {
+		_ = os.Remove(request)
 		return nil, fmt.Errorf("ask for locks: %w", err)
 	}
 	if err := d.taken(ctx, request); err != nil {
