@@ -20,7 +20,7 @@ import (
 // writingWait is how long the files of a request may still be open for writing,
 // and how long they are waited for: a server for network mounts closes a little
 // later than its client. A variable for tests.
-var writingWait = 2 * time.Second
+var writingWait = 5 * time.Second
 
 // errUnfinished is a request that is being written, so long after its last change.
 var errUnfinished = errors.New("it is not whole yet")
