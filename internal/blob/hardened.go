@@ -247,7 +247,7 @@ func (d *Dir) taken(ctx context.Context, request string) error {
 	defer end.Stop()
 	pause := time.Millisecond
 	for {
-		f, err := os.Open(request)
+		f, err := os.OpenFile(request, os.O_RDWR, 0)
 		switch {
 		case err == nil:
 			_ = f.Close()
