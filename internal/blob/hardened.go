@@ -227,7 +227,7 @@ func (d *Dir) exchange(ctx context.Context, batch []*asked) ([]LockFact, error) 
 	}
 	var answer LockAnswer
 	if err := readLockFile(filepath.Join(d.path(HardenAnswers), id), &answer); err != nil {
-		return nil, fmt.Errorf("root took the request away without a good answer: %w", err)
+		return nil, fmt.Errorf("root took the request away without a good answer; is this the user that the directory was hardened for? %w", err)
 	}
 	good := answer.Version == 1 && len(answer.Locks) == len(batch)
 	for i := 0; good && i < len(batch); i++ {
