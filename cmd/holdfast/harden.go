@@ -98,6 +98,8 @@ func (a *app) hardenKeep(cmd *cobra.Command, q node.HardenRequest) error {
 		h.Prepared, h.Names = list(h.Prepared), list(h.Names)
 		if a.json {
 			writeErr = errors.Join(writeErr, a.jsonLine(h))
+		} else if h.Locked+h.Refused+h.Released == 0 {
+			a.note(h.Directory + " is kept.")
 		} else {
 			a.note(strings.TrimSuffix(hardenText(h), "\n"))
 		}

@@ -215,9 +215,10 @@ func (d *Dir) exchange(ctx context.Context, batch []*asked) ([]LockFact, error) 
 	rand.Read(b[:])
 	id := hex.EncodeToString(b[:])
 	request := filepath.Join(d.path(HardenRequests), id)
-	temporary := filepath.Join(d.path(HardenRequests), tmpPrefix+id)
-	if err := errors.Join(os.WriteFile(temporary, text, 0o600), os.Rename(temporary, request)); err != nil {
-		_ = os.Remove(temporary)
+	// Not written elsewhere and renamed: Linux's client of SMB may be unable to
+	// open what it has renamed. What is not whole yet is no JSON.
+	if err := os.WriteFile(request, text, 0o600); err != nil {
+		_ = os.Remove(request)
 		return nil, fmt.Errorf("ask for locks: %w", err)
 	}
 	if err := d.taken(ctx, request); err != nil {
@@ -226,7 +227,7 @@ func (d *Dir) exchange(ctx context.Context, batch []*asked) ([]LockFact, error) 
 	}
 	var answer LockAnswer
 	if err := readLockFile(filepath.Join(d.path(HardenAnswers), id), &answer); err != nil {
-		return nil, fmt.Errorf("root took the request away without a good answer: %w", err)
+		return nil, fmt.Errorf("root took the request away without a good answer; is this the user that the directory was hardened for? %w", err)
 	}
 	good := answer.Version == 1 && len(answer.Locks) == len(batch)
 	for i := 0; good && i < len(batch); i++ {
@@ -238,24 +239,27 @@ func (d *Dir) exchange(ctx context.Context, batch []*asked) ([]LockFact, error) 
 	return answer.Locks, nil
 }
 
-// taken waits until a request is gone.
+// taken waits until a request is gone. The pauses become longer than a second
+// soon: Linux's client of SMB keeps a file open for that long after it was
+// closed, and answers the next open from there, without asking its server.
 func (d *Dir) taken(ctx context.Context, request string) error {
 	end := time.NewTimer(answerWait)
 	defer end.Stop()
 	pause := time.Millisecond
-	for flags := os.O_RDONLY; ; flags ^= syscall.O_NONBLOCK {
-		// The flag means nothing for a file, but to Linux's client of SMB: for an
-		// open with the same flags within a second it does not ask the server.
-		f, err := os.OpenFile(request, flags, 0)
+	for {
+		f, err := os.OpenFile(request, os.O_RDWR, 0)
 		switch {
+		case err == nil:
+			_ = f.Close()
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ESTALE):
 			return nil
-		case err != nil:
+		case !errors.Is(err, syscall.EINVAL): // which that client says of what is gone while it keeps it open
 			return fmt.Errorf("ask for locks: %w", err)
 		}
-		_ = f.Close()
 		next := time.NewTimer(pause)
-		pause = min(pause*3/2, 500*time.Millisecond)
+		if pause = min(pause*3/2, 10*time.Second); pause > 100*time.Millisecond {
+			pause = max(pause, 1500*time.Millisecond)
+		}
 		select {
 		case <-next.C:
 		case <-ctx.Done():

@@ -339,6 +339,9 @@ func TestRequests(t *testing.T) {
 	}
 	one := `{"name":"packs/00/two","until":` + fmt.Sprint(hour) + `}`
 	bad(10, "no JSON")
+	old := time.Now().Add(-time.Minute)
+	must(t, os.Chtimes(filepath.Join(requests, id(10)), old, old))
+	bad(20, `{"version":1,"locks":[`) // being written
 	bad(11, `{"version":2,"locks":[`+one+`]}`)
 	bad(12, `{"version":1,"locks":[`+one+strings.Repeat(","+one, blob.MaxLockNames)+`]}`)
 	bad(13, `{"version":1,"locks":[`+one+`]}`+strings.Repeat(" ", blob.MaxLockFile))
@@ -358,6 +361,14 @@ func TestRequests(t *testing.T) {
 		if _, err := os.Lstat(filepath.Join(requests, id(n))); n < 19 && !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("request %d is still there: %v", n, err)
 		}
+	}
+	if _, err := os.Lstat(filepath.Join(requests, id(20))); err != nil {
+		t.Errorf("a request that was not whole: %v", err)
+	}
+	bad(20, `{"version":1,"locks":[]}`)
+	once(t, k)
+	if got := answered(t, dir, id(20)); got == nil {
+		t.Error("a request that became whole is not answered")
 	}
 	if locked(t, dir, "packs/00/two") {
 		t.Error("what was no request has locked something")

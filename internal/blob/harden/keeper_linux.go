@@ -209,53 +209,62 @@ func (k *Keeper) Once(ctx context.Context) (d Done, err error) {
 	if err := k.tick(true); err != nil {
 		return d, err
 	}
-	if d, err = k.serve(ctx); err != nil {
-		return d, err
-	}
-	ended, err := k.Release(false)
-	d.Released += len(ended)
-	return d, errors.Join(err, k.clear())
+	return k.round(ctx, true)
 }
 
-// Run does so until ctx ends, as soon as something is asked. report is told
-// when something was done.
+// Run does so until ctx ends, as soon as something is asked. report is told once
+// a minute, and at the end, when something was done.
 func (k *Keeper) Run(ctx context.Context, report func(Done)) error {
 	w, err := watch(k.own(filepath.Base(blob.HardenRequests)))
 	if err != nil {
 		return err
 	}
 	defer w.Close()
-	var looked time.Time
-	for ctx.Err() == nil {
-		var d Done
-		err := k.tick(false)
-		if err == nil {
-			d, err = k.serve(ctx)
-		}
-		if time.Since(looked) >= expireEvery && err == nil {
-			looked = time.Now()
-			var ended []string
-			ended, err = k.Release(false)
-			d.Released += len(ended)
-			err = errors.Join(err, k.clear())
-		}
+	var d Done
+	tell := func() {
 		if d != (Done{}) {
 			report(d)
 		}
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
-			k.note("warning: %v; it is tried again", err) // to give up would be to lock nothing any more
+		d = Done{}
+	}
+	defer tell()
+	var looked time.Time
+	for ctx.Err() == nil {
+		due := time.Since(looked) >= expireEvery
+		if due {
 			looked = time.Now()
+		}
+		one, err := k.round(ctx, due)
+		d = d.plus(one)
+		switch {
+		case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+			if due { // to give up would be to lock nothing any more
+				k.note("warning: %v; it is tried again", err)
+			}
 		case err != nil:
 			return err
+		}
+		if due {
+			tell()
 		}
 		if err := w.wait(ctx, time.Second); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// round answers what is asked, and with due does what is done now and then.
+func (k *Keeper) round(ctx context.Context, due bool) (d Done, err error) {
+	if err := k.tick(false); err != nil {
+		return d, err
+	}
+	if d, err = k.serve(ctx); err != nil || !due {
+		return d, err
+	}
+	ended, err := k.Release(false)
+	d.Released += len(ended)
+	return d, errors.Join(err, k.clear())
 }
 
 // Release ends the locks whose time has passed, or only tells which those are.

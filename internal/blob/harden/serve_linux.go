@@ -20,7 +20,12 @@ import (
 // writingWait is how long the files of a request may still be open for writing,
 // and how long they are waited for: a server for network mounts closes a little
 // later than its client. A variable for tests.
-var writingWait = 2 * time.Second
+var writingWait = 5 * time.Second
+
+// errUnfinished is a request that is being written, so long after its last change.
+var errUnfinished = errors.New("it is not whole yet")
+
+const unfinishedRest = 10 * time.Second
 
 // serve answers the requests that are there.
 func (k *Keeper) serve(ctx context.Context) (d Done, err error) {
@@ -49,7 +54,7 @@ func (k *Keeper) serve(ctx context.Context) (d Done, err error) {
 func (k *Keeper) answer(id string) (d Done, err error) {
 	k.root.patient = time.Now().Add(writingWait)
 	q, err := k.request(id)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EAGAIN) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EAGAIN) || errors.Is(err, errUnfinished) {
 		return d, nil // taken back, or its writer's mount has not let go of it
 	} else if err != nil {
 		if k.thrown++; k.thrown <= 10 {
@@ -105,7 +110,10 @@ func (k *Keeper) request(id string) (q blob.LockRequest, err error) {
 	case len(text) > blob.MaxLockFile:
 		return q, fmt.Errorf("%s is too long", id)
 	}
-	if err := json.Unmarshal(text, &q); err != nil {
+	err = json.Unmarshal(text, &q)
+	if err != nil && time.Since(time.Unix(st.Mtim.Unix())).Abs() < unfinishedRest {
+		return q, errUnfinished
+	} else if err != nil {
 		return q, fmt.Errorf("%s: %w", id, err)
 	}
 	if q.Version != 1 || len(q.Locks) > blob.MaxLockNames {
