@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -446,12 +447,35 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
 			continue
 		}
-		m.pinned++
-		if err := m.point(ctx, &p); err != nil {
+		err := m.point(ctx, &p)
+		if errors.Is(err, ErrRefused) || m.lost[id] > 0 {
+			if m.withdrawn(ctx, pinName(session, id)) {
+				delete(m.lost, id)
+				continue
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("the point is forgotten, but pinned: %w; when its session is gone for certain: holdfast unpin %s --force", err, session)
 		}
+		m.pinned++
 	}
 	return nil
+}
+
+// withdrawn waits a little for a pin to go. Who pins a point that is gone finds
+// that out at once, and takes the pin away.
+func (m *marker) withdrawn(ctx context.Context, name string) bool {
+	for range 10 {
+		if _, err := m.r.store.Get(ctx, name, 0, 0); errors.Is(err, blob.ErrNotExist) {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(time.Second):
+		}
+	}
+	return false
 }
 
 // readPin gives the point that a pin names, inside as well as in its name.

@@ -341,3 +341,26 @@ func TestLateCommitOfTheDead(t *testing.T) {
 		}
 	})
 }
+
+// A run that died with nothing but packs that nothing lists is found dead, too,
+// and what it left goes in the same prune.
+func TestDeadRunWithStraysOnly(t *testing.T) {
+	blobtest.Bubble(t, func(t *testing.T) {
+		w := newStalls(t)
+		run, err := w.other.Begin(ctx, RandomID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := run.Disk(ctx, nil, 6*ChunkSize)
+		if err != nil || d.WriteAt(ctx, stallContents[2], 0) != nil || d.packer.flush(ctx) != nil {
+			t.Fatal(err)
+		}
+		run.storing.Wait()
+		run.fail(errClosed)
+		run.beats.Wait()
+		if report := prune(t, w.slow, PruneOptions{}); len(report.Revoked) != 1 || report.Leftover != 1 || report.Removed != 1 {
+			t.Errorf("%+v", report)
+		}
+		w.ends()
+	})
+}
