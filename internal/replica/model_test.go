@@ -315,7 +315,14 @@ func (a *actor) act(side int) {
 		a.read(side)
 	case k < 19:
 		a.m.count("check")
-		c, err := r.Check(ctx, repo.CheckOptions{ReadData: a.rng.IntN(2) == 0})
+		o := repo.CheckOptions{ReadData: a.rng.IntN(2) == 0}
+		c, err := r.Check(ctx, o)
+		if a.rng.IntN(2) == 0 {
+			var repaired *repo.RepairReport
+			if repaired, err = r.Repair(ctx, repo.RepairOptions{From: a.repos[1-side], Check: o}); err == nil {
+				c = repaired.Check
+			}
+		}
 		if err == nil && len(c.Problems) > 0 {
 			err = fmt.Errorf("%+v", c.Problems)
 			a.hurt = false // nothing is damaged, whoever looks

@@ -202,7 +202,7 @@ func (b *bitRot) small() {
 // open opens the repository as this machine does, with an empty cache.
 func (b *bitRot) open() *Repo {
 	b.t.Helper()
-	r, err := Open(ctx, b.s, secret, Options{Cache: b.t.TempDir()})
+	r, err := Open(ctx, b.s, secret, Options{Cache: cacheDir(b.t)})
 	if err != nil {
 		b.t.Fatalf("%s, %s: %v", b.name, b.what, err)
 	}
@@ -245,7 +245,7 @@ func (b *bitRot) whole(r *Repo, report *CheckReport) {
 // locked: the repository opens, or says why not.
 func (b *bitRot) locked(was []byte) {
 	b.t.Helper()
-	r, err := Open(ctx, b.s, secret, Options{Cache: b.t.TempDir()})
+	r, err := Open(ctx, b.s, secret, Options{Cache: cacheDir(b.t)})
 	if err == nil {
 		report := b.check(r)
 		if len(report.Problems) == 0 {

@@ -37,5 +37,5 @@
 // # Locks in this package
 //
 // refreshing (one reader of the chain's news) is taken before learning (one
-// reader of the keyrings), that before mu (the state). No I/O happens under mu. Run.mu and packer.mu are never held together.
+// reader of the keyrings), that before mu (the state). No I/O happens under mu. Run.mu and packer.mu are never held together; liveIndex.mu is taken last.
 package repo

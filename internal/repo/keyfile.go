@@ -186,6 +186,9 @@ func checkKeyObject(o keyObject, id [16]byte) error {
 	if err == nil && raw.Header.Repo != id {
 		err = seal.ErrForeign
 	}
+	if err == nil && m == seal.Slot {
+		err = fitsName(o.Name, o.Data, raw)
+	}
 	return err
 }
 

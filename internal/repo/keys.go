@@ -413,10 +413,16 @@ func parseSlot(p []byte, name string, id [16]byte) (*seal.Raw, error) {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	case raw.Header.Repo != id:
 		return nil, fmt.Errorf("%s: %w", name, seal.ErrForeign)
-	case raw.Header.Kind == slotByDigest && name != slotName(slotDigest(p)):
-		return nil, fmt.Errorf("%s: %w: its bytes are not what its name says", name, ErrDamaged)
 	}
-	return raw, nil
+	return raw, fitsName(name, p, raw)
+}
+
+// fitsName wants a slot's bytes to be those that its name says.
+func fitsName(name string, p []byte, raw *seal.Raw) error {
+	if raw.Header.Kind == slotByDigest && name != slotName(slotDigest(p)) {
+		return fmt.Errorf("%s: %w: its bytes are not what its name says", name, ErrDamaged)
+	}
+	return nil
 }
 
 // takeKeys notes what an entry says of the keys.

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -192,7 +193,16 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	}
 	chunks := m.chunks
 	m.chunks = nil
-	return m.markChunks(chunks)
+	if err := m.markChunks(chunks); err != nil {
+		return err
+	}
+	for id, session := range m.pins { // what lacks chunks only because it is gone
+		if _, live := s.points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, pinName(session, id)) {
+			delete(m.lost, id)
+			m.pinned--
+		}
+	}
+	return nil
 }
 
 // open lists open leases but the own, which must be listed: else the listing
@@ -530,12 +540,32 @@ func (m *marker) readPins(ctx context.Context, s *state) error {
 			m.notes[fmt.Sprintf("a pin names point %s, which was forgotten before: its session has not got it", id)] = true
 			continue
 		}
-		m.pinned++
-		if err := m.point(ctx, p); err != nil {
+		err := m.point(ctx, p)
+		if errors.Is(err, ErrRefused) && m.withdrawn(ctx, pinName(session, id)) {
+			continue
+		}
+		if err != nil {
 			return fmt.Errorf("the point is forgotten, but pinned: %w; when its session is gone for certain: holdfast unpin %s --force", err, session)
 		}
+		m.pinned++
 	}
 	return nil
+}
+
+// withdrawn waits a little for a pin to go. Who pins a point that is gone finds
+// that out at once, and takes the pin away.
+func (m *marker) withdrawn(ctx context.Context, name string) bool {
+	for range 10 {
+		if _, err := m.r.store.Get(ctx, name, 0, 0); errors.Is(err, blob.ErrNotExist) {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(time.Second):
+		}
+	}
+	return false
 }
 
 // readPin gives the point that a pin names, inside as well as in its name.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -188,3 +189,82 @@ func TestPowerLossInFlight(t *testing.T) {
 
 // errCut: the store failed before anything was done.
 var errCut = errors.New("cut")
+
+// A check that finds damage and is cut off while it records it has harmed
+// nothing: the next one finds it again, and the next backup stores it anew.
+func TestCheckPowerLoss(t *testing.T) {
+	made := new(blob.Mem)
+	content := random(1, 6)
+	r := create(t, made)
+	whole := mustSave(t, r, "b", random(2, 6))
+	sound, _ := listNames(ctx, made, "")
+	p := mustSave(t, r, "a", content)
+	names, _ := listNames(ctx, made, "")
+	for _, name := range names {
+		if strings.HasPrefix(name, "packs/") && !slices.Contains(sound, name) {
+			made.Damage(name, func(b []byte) []byte { return b[:len(b)/2] })
+		}
+	}
+	for _, lost := range []string{"packs", "packs and an index object"} {
+		if lost != "packs" { // it is made again from what is left
+			indexes, _ := listNames(ctx, made, "index/")
+			for _, name := range indexes {
+				made.Delete(ctx, name)
+			}
+		}
+		for at := 1; ; at++ {
+			store := made.Clone()
+			power := &blobtest.Power{Inner: store, At: at, Seed: uint64(at), Delay: 100 * time.Microsecond}
+			if r, err := Open(ctx, power, secret, Options{Cache: cacheDir(t)}); err == nil {
+				r.Check(ctx, CheckOptions{ReadData: true})
+				r.Close()
+			}
+			power.Wait()
+			r := reopen(t, store)
+			if report, err := r.Check(ctx, CheckOptions{ReadData: true}); err != nil || len(lostPoints(report)) == 0 {
+				t.Fatalf("%s: cut at change %d: %+v, %v", lost, at, report, err)
+			}
+			equal(t, r, whole, random(2, 6))
+			again := mustSave(t, r, "a", content)
+			for _, r := range []*Repo{r, reopen(t, store)} {
+				equal(t, r, p, content)
+				equal(t, r, again, content)
+				if report, err := r.Check(ctx, CheckOptions{ReadData: true}); err != nil || len(lostPoints(report)) > 0 {
+					t.Fatalf("%s: cut at change %d: after the next backup: %+v, %v", lost, at, report, err)
+				}
+			}
+			if !power.Lost() {
+				t.Logf("%s: %d changes", lost, at-1)
+				break
+			}
+		}
+	}
+}
+
+// An init that is cut off anywhere has made a repository or none, and can be
+// done again in the same place.
+func TestInitPowerLoss(t *testing.T) {
+	for at := 1; ; at++ {
+		store := new(blob.Mem)
+		power := &blobtest.Power{Inner: store, At: at, Seed: uint64(at)}
+		r, err := initialize(ctx, power, secret, Options{Cache: cacheDir(t)}, cheap)
+		if err == nil {
+			r.Close()
+		}
+		power.Wait()
+		cheap := cheap
+		cheap.Root = 1
+		if r, err := initialize(ctx, store, secret, Options{Cache: cacheDir(t)}, cheap); err == nil {
+			r.Close()
+		} else if !errors.Is(err, ErrExist) {
+			t.Fatalf("cut at change %d: %v", at, err)
+		}
+		content := random(1, 2)
+		r = reopen(t, store)
+		equal(t, r, mustSave(t, r, "a", content), content)
+		clean(t, r, true)
+		if !power.Lost() {
+			return
+		}
+	}
+}

@@ -132,6 +132,7 @@ type pruner struct {
 	// indexes are the index objects listed at the start.
 	indexes []string
 	locked  map[[32]byte]time.Time // packs that are in the way of a lock, and its end
+	strays  bool                   // there are packs in no index, of runs that are open
 	report  PruneReport
 }
 
@@ -217,8 +218,12 @@ func (p *pruner) prune(ctx context.Context) error {
 	if err := p.sweep(ctx); err != nil {
 		return err
 	}
-	if p.report.Waiting > 0 && p.o.Watch > 0 {
+	if (p.report.Waiting > 0 || p.strays) && p.o.Watch > 0 {
 		if err := p.end(ctx); err != nil {
+			return err
+		}
+		none := func() [][32]byte { return nil }
+		if err := p.quarantine(ctx, none, p.leftover); err != nil {
 			return err
 		}
 		if err := p.sweep(ctx); err != nil {
@@ -360,6 +365,7 @@ func (p *pruner) leftover(ctx context.Context) ([][32]byte, error) {
 	case len(left) == 0:
 		return nil, nil
 	case len(p.m.before) > 0:
+		p.strays = true
 		p.m.notes[fmt.Sprintf("%d packs (%d bytes) are in no index: of runs under way, or left by dead ones; prune looks at them when no run is open", len(left), size)] = true
 		return nil, nil
 	case len(p.m.lost) > 0:

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"sync"
@@ -271,5 +272,95 @@ func TestStalledWatch(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.ends(p)
+	})
+}
+
+// lateEntries takes entries of the chain an hour after it has said that they
+// failed: a request that the store got from a process that died then.
+type lateEntries struct {
+	blob.Store
+	on   bool
+	puts sync.WaitGroup
+	won  int
+}
+
+func (s *lateEntries) Put(ctx context.Context, name string, p []byte) error {
+	if !s.on || !strings.HasPrefix(name, "chain/") {
+		return s.Store.Put(ctx, name, p)
+	}
+	p = append([]byte(nil), p...)
+	s.puts.Go(func() {
+		time.Sleep(time.Hour)
+		if s.Store.Put(context.WithoutCancel(ctx), name, p) == nil {
+			s.won++
+		}
+	})
+	return blobtest.ErrInjected
+}
+
+// A process dies with its commit on its way, and its lease is ended, without a
+// revocation, by one that knows that it is dead. A commit fits only directly
+// behind what its run had seen: when a prune has put anything in quarantine
+// since, it comes too late; when none has, all that the point needs is there.
+func TestLateCommitOfTheDead(t *testing.T) {
+	blobtest.Bubble(t, func(t *testing.T) {
+		for _, pruned := range []bool{true, false} {
+			w := newStalls(t)
+			late := &lateEntries{Store: w.store}
+			slow := reopen(t, late)
+			session := RandomID()
+			run, err := slow.Begin(ctx, session)
+			if err != nil {
+				t.Fatal(err)
+			}
+			late.on = true
+			if _, err := saveIn(run, "c", stallContents[2], nil, nil); err == nil {
+				t.Fatal("it has committed")
+			}
+			run.fail(errClosed)
+			run.beats.Wait()
+			if err := w.other.EndLease(ctx, session); err != nil {
+				t.Fatal(err)
+			}
+			if pruned {
+				if report := prune(t, w.other, PruneOptions{}); report.Leftover == 0 || report.Removed == 0 {
+					t.Errorf("%+v", report)
+				}
+			}
+			late.puts.Wait()
+			left := points(t, w.other)
+			if want := map[bool]int{true: 2, false: 3}[pruned]; len(left) != want || late.won != want-2 {
+				t.Errorf("pruned %v: %d points", pruned, len(left))
+			}
+			equal(t, reopen(t, w.store), w.dead, stallContents[1])
+			if pruned {
+				w.ends()
+			} else {
+				w.ends(&left[2])
+			}
+		}
+	})
+}
+
+// A run that died with nothing but packs that nothing lists is found dead, too,
+// and what it left goes in the same prune.
+func TestDeadRunWithStraysOnly(t *testing.T) {
+	blobtest.Bubble(t, func(t *testing.T) {
+		w := newStalls(t)
+		run, err := w.other.Begin(ctx, RandomID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := run.Disk(ctx, nil, 6*ChunkSize)
+		if err != nil || d.WriteAt(ctx, stallContents[2], 0) != nil || d.packer.flush(ctx) != nil {
+			t.Fatal(err)
+		}
+		run.storing.Wait()
+		run.fail(errClosed)
+		run.beats.Wait()
+		if report := prune(t, w.slow, PruneOptions{}); len(report.Revoked) != 1 || report.Leftover != 1 || report.Removed != 1 {
+			t.Errorf("%+v", report)
+		}
+		w.ends()
 	})
 }

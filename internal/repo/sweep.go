@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -210,6 +211,9 @@ func (p *pruner) end(ctx context.Context) error {
 	watched := map[string]Lease{}
 	for _, l := range p.report.WaitsFor {
 		watched[l.Session] = l
+	}
+	if p.strays {
+		maps.Copy(watched, p.m.before)
 	}
 	p.o.Report("watch", 0, int64(len(watched)))
 	dead, err := p.r.watch(ctx, watched, p.o.Watch)
