@@ -17,7 +17,7 @@ const (
 	// index object more: 40 MB at most.
 	batchItems = 1 << 18
 	// releasePages is after how many pages a cursor gives back what it has read.
-	releasePages = 1 << 10
+	releasePages = 1 << 8
 )
 
 // cursor walks a segment's items in order.
