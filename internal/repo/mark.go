@@ -74,8 +74,8 @@ const (
 	// resolvers is how many batches are looked up at once.
 	resolvers = 2
 	// releaseAfter is after how many nodes, each looked up at a random place of
-	// the index, its memory is given back: some 30 MB.
-	releaseAfter = 32
+	// the index, its memory is given back: up to 2 MB each time.
+	releaseAfter = 8
 )
 
 // packMark is a pack of the inventory.
