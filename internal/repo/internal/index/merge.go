@@ -13,8 +13,7 @@ import (
 )
 
 const (
-	// batchItems is how many items a Batch sorts in memory, and those of one
-	// index object more: 40 MB at most.
+	// batchItems is how many items a Batch sorts in memory: 12 MB.
 	batchItems = 1 << 18
 	// releasePages is after how many pages a cursor gives back what it has read.
 	releasePages = 1 << 8
@@ -124,12 +123,12 @@ func (b *Batch) Add(source [32]byte, packs []Pack) error {
 	if b.x.Has(source) {
 		return nil
 	}
-	if len(b.items) >= batchItems {
-		if err := b.spill(); err != nil {
-			return err
-		}
-	}
 	for _, k := range packs {
+		if len(b.items)+len(k.Items) > batchItems && len(b.items) > 0 {
+			if err := b.spill(); err != nil {
+				return err
+			}
+		}
 		number := uint32(len(b.packs))
 		b.packs = append(b.packs, k.Name)
 		off := uint32(seal.HeaderLen)
