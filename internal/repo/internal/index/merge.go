@@ -113,10 +113,11 @@ type Batch struct {
 	packs   [][32]byte
 	sources [][32]byte
 	spilled []string // sorted files
+	limit   int      // items in memory
 }
 
 // NewBatch begins a batch, to be ended by Finish or Abort.
-func (x *Index) NewBatch() *Batch { return &Batch{x: x} }
+func (x *Index) NewBatch() *Batch { return &Batch{x: x, limit: batchItems} }
 
 // Add takes the items of an index object in, each object once.
 func (b *Batch) Add(source [32]byte, packs []Pack) error {
@@ -124,7 +125,7 @@ func (b *Batch) Add(source [32]byte, packs []Pack) error {
 		return nil
 	}
 	for _, k := range packs {
-		if len(b.items)+len(k.Items) > batchItems && len(b.items) > 0 {
+		if len(b.items)+len(k.Items) > b.limit && len(b.items) > 0 {
 			if err := b.spill(); err != nil {
 				return err
 			}
