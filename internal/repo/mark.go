@@ -2,7 +2,6 @@ package repo
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -33,7 +32,7 @@ func refuse(format string, args ...any) error {
 // item of the inventory, about 200 bytes for each pack, and the ids of map nodes
 // that it has walked, but none of chunks: they are known by their places. Ten
 // million chunks in twenty thousand packs take 10 MB, and the batches in which
-// they are looked up 90 MB.
+// they are looked up 70 MB.
 type marker struct {
 	r     *Repo
 	own   string // the pruner's lease; "" in a dry run
@@ -69,8 +68,10 @@ type neededChunk struct {
 }
 
 const (
-	// chunkBatch is how many chunks are looked up at once: 28 MB.
-	chunkBatch = 3 << 18
+	// chunkBatch is how many chunks are looked up at once: 24 MB. With those of
+	// a leaf more, they are numbered by chunkBits.
+	chunkBatch = 1 << 19
+	chunkBits  = 20
 	// resolvers is how many batches are looked up at once.
 	resolvers = 2
 	// releaseAfter is after how many nodes, each looked up at a random place of
@@ -425,6 +426,23 @@ func (m *marker) need(n *tree.Node, point int32) error {
 	return err
 }
 
+// sortChunks gives the order of the chunks' ids: keys of which the lowest
+// chunkBits are indexes. Moving keys is less work than moving chunks.
+func sortChunks(chunks []neededChunk) []uint64 {
+	const low = 1<<chunkBits - 1
+	keys := make([]uint64, len(chunks))
+	for i := range chunks {
+		keys[i] = binary.BigEndian.Uint64(chunks[i].id[:])&^low | uint64(i)
+	}
+	slices.Sort(keys)
+	for i := range keys { // the few that begin alike
+		for j := i; j > 0 && keys[j]&^low == keys[j-1]&^low && bytes.Compare(chunks[keys[j]&low].id[:], chunks[keys[j-1]&low].id[:]) < 0; j-- {
+			keys[j], keys[j-1] = keys[j-1], keys[j]
+		}
+	}
+	return keys
+}
+
 // markChunks marks chunks in the index's order.
 func (m *marker) markChunks(chunks []neededChunk) error {
 	if len(chunks) == 0 {
@@ -432,16 +450,11 @@ func (m *marker) markChunks(chunks []neededChunk) error {
 	}
 	m.resolving <- struct{}{} // keeps those who make more waiting
 	defer func() { <-m.resolving }()
-	slices.SortFunc(chunks, func(a, b neededChunk) int {
-		x, y := binary.BigEndian.Uint64(a.id[:]), binary.BigEndian.Uint64(b.id[:])
-		if x != y {
-			return cmp.Compare(x, y)
-		}
-		return bytes.Compare(a.id[8:], b.id[8:])
-	})
+	order := sortChunks(chunks)
 	i := 0
 	ids := func(yield func(pack.ID) bool) {
-		for i = range chunks {
+		for _, key := range order {
+			i = int(key & (1<<chunkBits - 1))
 			if !yield(chunks[i].id) {
 				return
 			}
