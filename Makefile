@@ -3,7 +3,7 @@
 # make build   bin/holdfast
 # make race    the fast part of the tests, under the race detector
 # make lint    gofmt, vet (Linux and Windows), staticcheck
-# make bench   speed against qemu-img, into bench/results.md   QUICK=1, CLEAN=1
+# make bench   speed against qemu-img, into bench/results.md   QUICK=1, CLEAN=1, ONLY=part
 # make soak    hours of random histories and kills             SOAK_ROUNDS=200, SOAK_HOURS=8, SEED=n
 #
 # demo, test, bench and soak install Debian packages that are missing and start
@@ -47,7 +47,8 @@ lint:
 
 bench: build lab $(LAB)/versitygw
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(LAB)/ ./bench
-	$(SUDO) $(LAB)/bench -holdfast bin/holdfast $(if $(QUICK),-quick) $(if $(CLEAN),-clean)
+	CGO_ENABLED=0 $(GO) test -c -o $(LAB)/repo.test ./internal/repo
+	$(SUDO) $(LAB)/bench -holdfast bin/holdfast -repotest $(LAB)/repo.test $(if $(QUICK),-quick) $(if $(CLEAN),-clean) $(if $(ONLY),-only $(ONLY))
 
 # First the repository's own: random histories of many writers, and the program
 # killed some five times a round. Then the guests, for hours.

@@ -349,7 +349,7 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 	}
 	var content []byte
 	if err == nil {
-		content, err = raw.Open(master, "index")
+		content, err = raw.OpenOver(master, "index")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)

@@ -2,7 +2,6 @@ package repo
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -31,9 +30,10 @@ func refuse(format string, args ...any) error {
 }
 
 // marker finds what living and pinned points need. It keeps one bit for each
-// item of the inventory, about 200 bytes for each pack, and no ids: an item is
-// known by its place, and a node whose bit is set has been walked. So ten
-// million chunks in twenty thousand packs take 5 MB.
+// item of the inventory, about 200 bytes for each pack, and the ids of map nodes
+// that it has walked, but none of chunks: they are known by their places. Ten
+// million chunks in twenty thousand packs take 10 MB, and the batches in which
+// they are looked up 70 MB.
 type marker struct {
 	r     *Repo
 	own   string // the pruner's lease; "" in a dry run
@@ -51,10 +51,12 @@ type marker struct {
 	pinned int                // forgotten points that are pinned
 	notes  map[string]bool
 
-	resolving sync.Mutex // held while chunks are looked up; before mu
+	resolving chan struct{} // places for batches of chunks being looked up
 
 	mu     sync.Mutex        // guards the bits of packs while walking, and what follows
 	chunks []neededChunk     // of walked nodes, not looked up yet
+	spare  []neededChunk     // to be used for the next ones
+	nodes  map[tree.ID]bool  // walked, or being walked
 	walked []PointID         // points whose maps were walked
 	lost   map[PointID]int64 // chunks of which there is no copy
 }
@@ -66,8 +68,17 @@ type neededChunk struct {
 	point int32 // index in marker.walked
 }
 
-// chunkBatch is how many chunks are looked up at once: 36 MB.
-const chunkBatch = 1 << 20
+const (
+	// chunkBatch is how many chunks are looked up at once: 24 MB. With those of
+	// a leaf more, they are numbered by chunkBits.
+	chunkBatch = 1 << 19
+	chunkBits  = 20
+	// resolvers is how many batches are looked up at once.
+	resolvers = 2
+	// releaseAfter is after how many nodes, each looked up at a random place of
+	// the index, its memory is given back: up to 2 MB each time.
+	releaseAfter = 8
+)
 
 // packMark is a pack of the inventory.
 type packMark struct {
@@ -169,7 +180,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if m.state == nil || m.state.moved != s.moved {
 		m.packs, m.read, m.points = map[[32]byte]*packMark{}, map[[32]byte]bool{}, map[PointID]bool{}
 		m.lost, m.notes = map[PointID]int64{}, map[string]bool{}
-		m.chunks, m.walked = nil, nil
+		m.chunks, m.walked, m.nodes = nil, nil, map[tree.ID]bool{}
 	}
 	if err := m.inventory(ctx, s); err != nil {
 		return err
@@ -356,12 +367,15 @@ func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
 	g.SetLimit(walkers)
 	var walk func(id tree.ID, level int) error
 	walk = func(id tree.ID, level int) error {
-		first, err := m.mark(id)
-		if err != nil {
-			return err
-		}
-		if !first {
+		m.mu.Lock()
+		known := m.nodes[id]
+		m.nodes[id] = true
+		m.mu.Unlock()
+		if known {
 			return nil
+		}
+		if err := m.mark(id); err != nil {
+			return err
 		}
 		n, err := m.r.node(gctx, id, level)
 		if err != nil {
@@ -393,6 +407,12 @@ func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
 func (m *marker) need(n *tree.Node, point int32) error {
 	var full []neededChunk
 	m.mu.Lock()
+	if m.chunks == nil {
+		m.chunks, m.spare = m.spare, nil
+	}
+	if m.chunks == nil {
+		m.chunks = make([]neededChunk, 0, chunkBatch+tree.Fanout)
+	}
 	for _, c := range n.Children {
 		if c != (tree.ID{}) {
 			m.chunks = append(m.chunks, neededChunk{c, point})
@@ -401,8 +421,36 @@ func (m *marker) need(n *tree.Node, point int32) error {
 	if len(m.chunks) >= chunkBatch {
 		full, m.chunks = m.chunks, nil
 	}
+	many := len(m.nodes)%releaseAfter == 0
 	m.mu.Unlock()
-	return m.markChunks(full)
+	if many {
+		m.r.index.Release()
+	}
+	if full == nil {
+		return nil
+	}
+	err := m.markChunks(full)
+	m.mu.Lock()
+	m.spare = full[:0]
+	m.mu.Unlock()
+	return err
+}
+
+// sortChunks gives the order of the chunks' ids: keys of which the lowest
+// chunkBits are indexes. Moving keys is less work than moving chunks.
+func sortChunks(chunks []neededChunk) []uint64 {
+	const low = 1<<chunkBits - 1
+	keys := make([]uint64, len(chunks))
+	for i := range chunks {
+		keys[i] = binary.BigEndian.Uint64(chunks[i].id[:])&^low | uint64(i)
+	}
+	slices.Sort(keys)
+	for i := range keys { // the few that begin alike
+		for j := i; j > 0 && keys[j]&^low == keys[j-1]&^low && bytes.Compare(chunks[keys[j]&low].id[:], chunks[keys[j-1]&low].id[:]) < 0; j-- {
+			keys[j], keys[j-1] = keys[j-1], keys[j]
+		}
+	}
+	return keys
 }
 
 // markChunks marks chunks in the index's order.
@@ -410,50 +458,43 @@ func (m *marker) markChunks(chunks []neededChunk) error {
 	if len(chunks) == 0 {
 		return nil
 	}
-	m.resolving.Lock() // one at a time: that keeps those who make more waiting
-	defer m.resolving.Unlock()
-	slices.SortFunc(chunks, func(a, b neededChunk) int {
-		x, y := binary.BigEndian.Uint64(a.id[:]), binary.BigEndian.Uint64(b.id[:])
-		if x != y {
-			return cmp.Compare(x, y)
-		}
-		return bytes.Compare(a.id[8:], b.id[8:])
-	})
+	m.resolving <- struct{}{} // keeps those who make more waiting
+	defer func() { <-m.resolving }()
+	order := sortChunks(chunks)
 	i := 0
 	ids := func(yield func(pack.ID) bool) {
-		for i = range chunks {
+		for _, key := range order {
+			i = int(key & (1<<chunkBits - 1))
 			if !yield(chunks[i].id) {
 				return
 			}
 		}
 	}
 	return m.r.index.LookupAll(ids, func(places []index.Place) error {
-		if _, err := m.markPlace(chunks[i].id, places); errors.Is(err, errLost) {
+		err := m.markPlace(chunks[i].id, places)
+		if errors.Is(err, errLost) {
 			m.mu.Lock()
 			defer m.mu.Unlock()
 			m.lost[m.walked[chunks[i].point]]++
 			return nil
-		} else if err != nil {
-			return err
 		}
-		return nil
+		return err
 	})
 }
 
 var errLost = fmt.Errorf("%w: in no pack", ErrDamaged)
 
-// mark sets the bit of the copy of an item that is to stay, and tells whether
-// it was not set before.
-func (m *marker) mark(id pack.ID) (first bool, err error) {
+// mark sets the bit of the copy of an item that is to stay.
+func (m *marker) mark(id pack.ID) error {
 	places, err := m.r.index.Lookup(id, nil)
 	if err != nil {
-		return false, err
+		return err
 	}
 	return m.markPlace(id, places)
 }
 
 // markPlace is mark for an item of which it is known where it lies.
-func (m *marker) markPlace(id pack.ID, places []index.Place) (first bool, err error) {
+func (m *marker) markPlace(id pack.ID, places []index.Place) error {
 	best, bestRank := -1, 0
 	for i, p := range places {
 		if rank := m.rank(&p, id); rank > bestRank || rank == bestRank && rank > 0 && m.newer(&p, &places[best]) {
@@ -461,7 +502,7 @@ func (m *marker) markPlace(id pack.ID, places []index.Place) (first bool, err er
 		}
 	}
 	if best < 0 {
-		return false, errLost
+		return errLost
 	}
 	p := places[best]
 	m.mu.Lock()
@@ -470,12 +511,11 @@ func (m *marker) markPlace(id pack.ID, places []index.Place) (first bool, err er
 	if bestRank == rankBad {
 		k.stuck = true
 	}
-	if bit(k.live, int(p.Number)) {
-		return false, nil
+	if !bit(k.live, int(p.Number)) {
+		setBit(&k.live, int(p.Number), k.items)
+		k.liveBytes += int64(p.Stored)
 	}
-	setBit(&k.live, int(p.Number), k.items)
-	k.liveBytes += int64(p.Stored)
-	return true, nil
+	return nil
 }
 
 const (

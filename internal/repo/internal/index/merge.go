@@ -13,11 +13,10 @@ import (
 )
 
 const (
-	// batchItems is how many items a Batch sorts in memory, and those of one
-	// index object more: 40 MB at most.
+	// batchItems is how many items a Batch sorts in memory: 12 MB.
 	batchItems = 1 << 18
 	// releasePages is after how many pages a cursor gives back what it has read.
-	releasePages = 1 << 10
+	releasePages = 1 << 8
 )
 
 // cursor walks a segment's items in order.
@@ -114,22 +113,23 @@ type Batch struct {
 	packs   [][32]byte
 	sources [][32]byte
 	spilled []string // sorted files
+	limit   int      // items in memory
 }
 
 // NewBatch begins a batch, to be ended by Finish or Abort.
-func (x *Index) NewBatch() *Batch { return &Batch{x: x} }
+func (x *Index) NewBatch() *Batch { return &Batch{x: x, limit: batchItems} }
 
 // Add takes the items of an index object in, each object once.
 func (b *Batch) Add(source [32]byte, packs []Pack) error {
 	if b.x.Has(source) {
 		return nil
 	}
-	if len(b.items) >= batchItems {
-		if err := b.spill(); err != nil {
-			return err
-		}
-	}
 	for _, k := range packs {
+		if len(b.items)+len(k.Items) > b.limit && len(b.items) > 0 {
+			if err := b.spill(); err != nil {
+				return err
+			}
+		}
 		number := uint32(len(b.packs))
 		b.packs = append(b.packs, k.Name)
 		off := uint32(seal.HeaderLen)

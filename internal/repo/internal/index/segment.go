@@ -136,21 +136,21 @@ func (s *segment) firstID(i int64) []byte {
 
 // lookup appends to places where id lies.
 func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
-	// The last page whose first id is not above id. Ids are uniform, so the
-	// first guess is near and the search is short.
+	// The last page whose first id is not above id. Ids are uniform, so that
+	// guessing by their values ends after few steps, all in one place of the
+	// file. Halving ends it for others.
 	lo, hi := int64(0), s.pages
-	guess := int64(float64(s.pages) * float64(binary.BigEndian.Uint64(id[:])) / (1 << 64))
-	for step := int64(1); lo < hi; {
+	want, from, to := float(id[:]), 0.0, float64(1<<64)
+	for n := 0; lo < hi; n++ {
 		mid := (lo + hi) / 2
-		if guess >= lo && guess < hi {
-			mid = guess
+		if n < 16 && to > from {
+			mid = min(max(lo+int64(float64(hi-lo)*((want-from)/(to-from))), lo), hi-1)
 		}
-		if bytes.Compare(s.firstID(mid), id[:]) > 0 {
-			hi, guess = mid, mid-step
+		if first := s.firstID(mid); bytes.Compare(first, id[:]) > 0 {
+			hi, to = mid, float(first)
 		} else {
-			lo, guess = mid+1, mid+step
+			lo, from = mid+1, float(first)
 		}
-		step *= 4
 	}
 	// Equal ids may begin on an earlier page and go on over several.
 	i := max(lo-1, 0)
@@ -188,6 +188,8 @@ func (s *segment) inPage(i int64, p []byte, id pack.ID, places []Place) ([]Place
 	}
 	return places, nil
 }
+
+func float(id []byte) float64 { return float64(binary.BigEndian.Uint64(id)) }
 
 func (s *segment) packName(i uint32) [32]byte { return [32]byte(s.packs[i*32 : i*32+32]) }
 

@@ -231,12 +231,20 @@ func (r *Raw) Verify(repo [16]byte, pub ed25519.PublicKey) error {
 }
 
 // Open decrypts the sealed part.
-func (r *Raw) Open(key *Key, purpose string) ([]byte, error) {
+func (r *Raw) Open(key *Key, purpose string) ([]byte, error) { return r.open(nil, key, purpose) }
+
+// OpenOver is Open that needs no more memory: the document's bytes are
+// overwritten, and the result lies there. It can be done once.
+func (r *Raw) OpenOver(key *Key, purpose string) ([]byte, error) {
+	return r.open(r.sealed[:0], key, purpose)
+}
+
+func (r *Raw) open(dst []byte, key *Key, purpose string) ([]byte, error) {
 	if len(r.sealed) == 0 {
 		return nil, fmt.Errorf("%w: nothing sealed", ErrDamaged)
 	}
 	k := key.Derive(r.Header.Salt[:], purpose)
-	plain, err := k.AEAD().Open(nil, make([]byte, 12), r.sealed, r.ad)
+	plain, err := k.AEAD().Open(dst, make([]byte, 12), r.sealed, r.ad)
 	if err != nil {
 		return nil, fmt.Errorf("%w: does not open with its key", ErrDamaged)
 	}
