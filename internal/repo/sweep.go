@@ -176,15 +176,14 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 			err := p.r.store.Delete(gctx, packName(name))
 			mu.Lock()
 			defer mu.Unlock()
-			delete(p.m.there, name)
 			if err == nil || errors.Is(err, blob.ErrNotExist) {
+				delete(p.m.there, name)
 				p.report.Removed++
 				p.report.RemovedBytes += sizes[i]
 				p.o.Report("remove", int64(p.report.Removed), int64(len(packs)))
 				return nil
 			}
 			if errors.Is(err, blob.ErrLocked) {
-				p.m.there[name] = sizes[i]
 				p.isLocked(name, time.Time{})
 				return nil
 			}
