@@ -74,6 +74,7 @@ func TestLesson07NoClockDecides(t *testing.T) {
 		"Repo.watch":         "the pruner's own watching, monotonic",
 		"Repo.begin":         "when to announce again, monotonic",
 		"Repo.putPack":       "how old a pack is, by which it goes to a tier: where it lies, not whether",
+		"Run.storePack":      "how many packs are stored at once, monotonic",
 		"Run.announceSome":   "when to announce again, monotonic",
 		"Run.settle":         "when to announce again, monotonic",
 		"Repo.appendContent": "a label of the entry, for people",

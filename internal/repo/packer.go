@@ -78,16 +78,24 @@ var arenas = sync.Pool{New: func() any { p := make([]byte, 0, chunkPackBytes+256
 
 // storePack seals and stores a pack in the background.
 func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, arena []byte) error {
+	slot, more := run.slots, run.moreSlots
+	if !run.quick.Load() {
+		more = nil
+	}
 	select {
-	case run.slots <- struct{}{}:
+	case slot <- struct{}{}:
+	case more <- struct{}{}:
+		slot = more
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-run.ctx.Done():
 		return context.Cause(run.ctx)
 	}
 	run.storing.Go(func() {
+		began := time.Now()
 		p, err := run.r.putPack(run.ctx, kind, items, arena)
-		<-run.slots
+		run.quick.Store(time.Since(began) < quickPack)
+		<-slot
 		if err == nil {
 			err = run.prove(p)
 		}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"holdfast/internal/blob"
@@ -19,9 +20,12 @@ import (
 
 const (
 	beatEvery = time.Minute
-	// storingPacks is how many packs are sealed and stored at once: enough that
-	// a store that answers each request 50 ms late hardly slows a run.
-	storingPacks = 4
+	// storingPacks is how many packs are sealed and stored at once. As many more
+	// are while one takes less than quickPack, so that a store that answers each
+	// request 50 ms late hardly slows a run; over a slow link they would share the
+	// line, and all be lost with a run that dies.
+	storingPacks = 2
+	quickPack    = 2 * time.Second
 	// announceItems is how many items a run stores before it shares them with
 	// others and its own next try: 16 GiB of disk. It also bounds the run's memory.
 	announceItems = 1 << 18
@@ -44,12 +48,13 @@ type Run struct {
 	fail  context.CancelCauseFunc
 	beats sync.WaitGroup
 
-	slots    chan struct{}
-	readBack ReadBack
-	proving  chan struct{} // places for packs being read back
-	storing  sync.WaitGroup
-	nodes    *packer
-	files    *packer
+	slots, moreSlots chan struct{}
+	quick            atomic.Bool // the last pack was stored in less than quickPack
+	readBack         ReadBack
+	proving          chan struct{} // places for packs being read back
+	storing          sync.WaitGroup
+	nodes            *packer
+	files            *packer
 
 	announcing sync.Mutex // held while index objects are made; before mu
 
@@ -105,7 +110,7 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open a lease: %w", err)
 	}
-	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks),
+	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks), moreSlots: make(chan struct{}, storingPacks),
 		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, announced: time.Now(), uses: map[[32]byte]bool{}, basis: map[Root]tree.Root{}}
 	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
