@@ -1,10 +1,10 @@
 # make demo    a lost VM runs again from its backup: the story, on a real guest
-# make test    everything: unit, conformance and race tests, then real guests
+# make test    everything: unit and conformance tests, race tests, then real guests
 # make build   bin/holdfast
 # make race    the fast part of the tests, under the race detector
 # make lint    gofmt, vet (Linux and Windows), staticcheck
-# make bench   speed against qemu-img, into bench/results.md   QUICK=1, CLEAN=1
-# make soak    hours of random kills                           SOAK_HOURS=8, SEED=n
+# make bench   speed against qemu-img, into bench/results.md   QUICK=1, CLEAN=1, ONLY=part
+# make soak    hours of random histories and kills             SOAK_ROUNDS=200, SOAK_HOURS=8, SEED=n
 #
 # demo, test, bench and soak install Debian packages that are missing and start
 # libvirt when it is not running. That, and what uses guests, runs as root:
@@ -40,16 +40,22 @@ test: lab $(LAB)/versitygw
 	@GO="$(GO)" SUDO="$(SUDO)" sh test/all.sh
 
 race:
-	$(GO) test -race -short -timeout 5m ./...
+	$(GO) test -race -short -timeout 15m $$($(GO) list ./... | grep -v /cmd/)
 
 lint:
 	@GO="$(GO)" sh test/lint.sh
 
 bench: build lab $(LAB)/versitygw
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(LAB)/ ./bench
-	$(SUDO) $(LAB)/bench -holdfast bin/holdfast $(if $(QUICK),-quick) $(if $(CLEAN),-clean)
+	CGO_ENABLED=0 $(GO) test -c -o $(LAB)/repo.test ./internal/repo
+	$(SUDO) $(LAB)/bench -holdfast bin/holdfast -repotest $(LAB)/repo.test $(if $(QUICK),-quick) $(if $(CLEAN),-clean) $(if $(ONLY),-only $(ONLY))
 
+# First the repository's own: random histories of many writers, and the program
+# killed some five times a round. Then the guests, for hours.
 soak: build lab
+	HOLDFAST_SOAK=$(or $(SOAK_ROUNDS),200) $(GO) test -timeout 0 -v \
+		-run '^(TestManyWriters|TestKilledAtAnyMoment|TestPruneHistory|TestPruneOneFault|TestBitRot)$$' \
+		./internal/repo ./internal/replica ./cmd/holdfast
 	CGO_ENABLED=0 $(GO) test -c -o $(LAB)/ ./test/e2e
 	cd test/e2e && $(SUDO) env HOLDFAST_LAB=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast SOAK_HOURS=$(or $(SOAK_HOURS),8) SEED=$(SEED) \
 		$(CURDIR)/$(LAB)/e2e.test -test.v -test.run '^TestSoak$$' -test.timeout 0

@@ -11,12 +11,16 @@
 //	backup      a full backup of the same file into a new repository
 //	unchanged   the second backup of the same file
 //	restore     that restore point into a raw file
+//	check       "check --read-data" of the same repository, as its bytes come
+//	            from the page cache for both
 //	S3          a full backup into an S3 server on this machine, and into one
 //	            that answers every request 50 ms later
 //	first read  from the command "recover" to the guest's first read, with
 //	            disks of two sizes
 //	boot        from the guest's start to its login prompt: from the backup,
 //	            and from a local raw disk
+//	synthetic   opening and pruning a repository of ten million chunks and a
+//	            thousand restore points
 //
 // A timed copy, backup or restore ends when its target's filesystem is synced.
 // The kinds alternate, so that a slow minute of the machine hurts all of them.
@@ -46,16 +50,18 @@ func main() {
 	quick := flag.Bool("quick", false, "a small disk and one run; prints only")
 	clean := flag.Bool("clean", false, "remove the data and do nothing else")
 	runs := flag.Int("runs", 3, "how often everything is measured")
+	repoTest := flag.String("repotest", "bin/lab/repo.test", "the tests of internal/repo, which make the synthetic repository")
+	only := flag.String("only", "", "measure only \"disks\", \"images\", \"synthetic\" or \"guests\"; prints only")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *bin, *data, *out, *quick, *clean, *runs); err != nil {
+	if err := run(ctx, *bin, *data, *out, *repoTest, *only, *quick, *clean, *runs); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, bin, data, out string, quick, clean bool, runs int) (err error) {
+func run(ctx context.Context, bin, data, out, repoTest, only string, quick, clean bool, runs int) (err error) {
 	if data, err = filepath.Abs(data); err != nil {
 		return err
 	}
@@ -65,7 +71,11 @@ func run(ctx context.Context, bin, data, out string, quick, clean bool, runs int
 	if bin, err = filepath.Abs(bin); err != nil {
 		return err
 	}
-	b := &bench{bin: bin, data: data, runs: runs, size: 10 << 30, began: time.Now(), times: map[string][]time.Duration{}}
+	if repoTest, err = filepath.Abs(repoTest); err != nil {
+		return err
+	}
+	b := &bench{bin: bin, data: data, repoTest: repoTest, only: only, runs: runs, size: 10 << 30, began: time.Now(),
+		times: map[string][]time.Duration{}, peak: map[string]int64{}}
 	if quick {
 		b.runs, b.size = 1, 2<<30
 	}
@@ -74,23 +84,37 @@ func run(ctx context.Context, bin, data, out string, quick, clean bool, runs int
 		return err
 	}
 	for i := range b.runs {
-		b.say("run %d of %d: disks", i+1, b.runs)
-		if err := b.disks(ctx, i); err != nil {
-			return err
-		}
-		if err := b.images(ctx); err != nil {
-			return err
+		b.say("run %d of %d", i+1, b.runs)
+		for _, part := range []struct {
+			name string
+			do   func() error
+		}{
+			{"disks", func() error { return b.disks(ctx, i) }},
+			{"images", func() error { return b.images(ctx) }},
+			{"synthetic", func() error { return b.synthetic(ctx) }},
+		} {
+			if only != "" && only != part.name {
+				continue
+			}
+			if err := part.do(); err != nil {
+				return err
+			}
 		}
 	}
-	if err := b.s3(ctx); err != nil {
-		return err
-	}
-	if err := b.guests(ctx); err != nil {
-		return err
+	for _, part := range []struct {
+		name string
+		do   func(context.Context) error
+	}{{"s3", b.s3}, {"guests", b.guests}} {
+		if only != "" && only != part.name {
+			continue
+		}
+		if err := part.do(ctx); err != nil {
+			return err
+		}
 	}
 	report := b.report()
 	fmt.Print("\n", report)
-	if quick {
+	if quick || only != "" {
 		return nil
 	}
 	return os.WriteFile(out, []byte(report), 0o644)
@@ -99,16 +123,19 @@ func run(ctx context.Context, bin, data, out string, quick, clean bool, runs int
 // bench is one run of everything.
 type bench struct {
 	bin, data string
+	repoTest  string // tests of internal/repo
+	only      string // part to be measured; "" for all
 	runs      int
 	size      int64 // of the disk, bytes
 	began     time.Time
 
 	used   int64 // bytes of the disk that hold data
 	times  map[string][]time.Duration
-	rss    []int64 // peak memory of each full backup, bytes
-	stored int64   // bytes in the repository after the full backup
-	work   string  // scratch, on the same filesystem as the data
-	store  string  // the guests' storage
+	rss    []int64          // peak memory of each full backup, bytes
+	peak   map[string]int64 // peak memory of other jobs, bytes
+	stored int64            // bytes in the repository after the full backup
+	work   string           // scratch, on the same filesystem as the data
+	store  string           // the guests' storage
 	keep   []*lab.Guest
 	tools  []*cli.Tool
 }
@@ -132,6 +159,9 @@ func (b *bench) prepare(ctx context.Context) error {
 	}
 	if err := os.Mkdir(b.work, 0o755); err != nil {
 		return err
+	}
+	if b.only == "synthetic" {
+		return nil
 	}
 	if _, err := os.Stat(b.disk()); err != nil {
 		b.say("making a disk of %d GiB from /usr, once", b.size>>30)
@@ -190,7 +220,7 @@ func (b *bench) tool(ctx context.Context, dir string) (*cli.Tool, error) {
 	return t, t.Run(ctx, "init").Err()
 }
 
-// disks measures copy, backup, unchanged and restore once.
+// disks measures copy, backup, unchanged, restore and check once.
 func (b *bench) disks(ctx context.Context, run int) error {
 	dir := filepath.Join(b.work, "disks")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -228,6 +258,7 @@ func (b *bench) disks(ctx context.Context, run int) error {
 			}
 			return same(ctx, b.disk(), restored)
 		}},
+		{"check", func() error { return tool.Run(ctx, "check", "--read-data").Err() }, nil},
 	}
 	for _, k := range kinds {
 		if err := errors.Join(level(filepath.Join(b.work, "fill")), warm(b.disk())); err != nil {

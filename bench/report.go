@@ -22,12 +22,14 @@ func (b *bench) report() string {
 		fact("", "stat", "-f", "-c", "%T", b.data), fact("version", "qemu-img", "--version"), gib(b.size), gib(b.used))
 
 	_, copied, _ := three(b.times["copy"])
+	_, restored, _ := three(b.times["restore"])
 	_, local, _ := three(b.times["local boot"])
 	fmt.Fprintf(&s, "| job | seconds | ratio | aim |\n|---|---|---|---|\n")
 	b.row(&s, "`qemu-img convert`, raw to raw", "copy", copied, "")
 	b.row(&s, "full backup", "backup", copied, "≤ 2.5")
 	b.row(&s, "second backup, nothing changed, read and compared", "unchanged", copied, "")
 	b.row(&s, "restore to a raw file", "restore", copied, "≤ 1.5")
+	b.row(&s, "`check --read-data` of the same, against the restore", "check", restored, "≤ 1.0")
 	for _, c := range conversions {
 		_, theirs, _ := three(b.times["qemu-img, "+c.name])
 		b.row(&s, "`qemu-img convert`, "+c.name, "qemu-img, "+c.name, theirs, "")
@@ -41,6 +43,13 @@ func (b *bench) report() string {
 	b.row(&s, "`recover` to the login prompt", "recover to login", local, "")
 	b.row(&s, "`recover` to the guest's first read, disk of 4 GiB", "first read, 4 GiB", 0, "≤ 1 s")
 	b.row(&s, "`recover` to the guest's first read, and a disk of 64 TiB", "first read, 64 TiB", 0, "≤ 1 s")
+	b.row(&s, "opening 10 million chunks, for the first time on a machine", "first opening", 0, "")
+	b.row(&s, "opening 10 million chunks", "opening", 0, "≤ 1 s")
+	b.row(&s, "`prune` with nothing to do, 1,000 restore points of these", "prune", 0, "≤ 20 s")
+	if len(b.peak) > 0 {
+		fmt.Fprintf(&s, "\nPeak memory of opening 10 million chunks: %d MB, for the first time %d MB (aim: ≤ 200 MB); of that prune: %d MB (aim: ≤ 300 MB). Mapped files count as far as they were touched.\n",
+			b.peak["opening"]/1e6, b.peak["first opening"]/1e6, b.peak["prune"]/1e6)
+	}
 	if len(b.rss) > 0 {
 		fmt.Fprintf(&s, "\nPeak memory of a full backup: %d MB (aim: ≤ 400 MB). The repository after it: %.2f GiB.\n",
 			slices.Max(b.rss)/1e6, gib(b.stored))

@@ -126,20 +126,20 @@ func (a *app) root() *cobra.Command {
 	flags := root.PersistentFlags()
 	flags.StringVarP(&a.repo, "repo", "r", "", "`DIRECTORY` of the repository, or s3:// URL (default $HOLDFAST_REPO)")
 	flags.StringVar(&a.limits.up, "limit-up", "", "most `BYTES` per second to the repository, as 20MiB (default $HOLDFAST_LIMIT_UP)")
-	flags.StringVar(&a.limits.down, "limit-down", "", "most `BYTES` per second from it (default $HOLDFAST_LIMIT_DOWN)")
+	flags.StringVar(&a.limits.down, "limit-down", "", "most `BYTES` per second from the repository (default $HOLDFAST_LIMIT_DOWN)")
 	flags.BoolVar(&a.json, "json", false, "write results to stdout as JSON")
 	flags.BoolVarP(&a.quiet, "quiet", "q", false, "no progress and no remarks on stderr, errors only")
 	root.AddGroup(
 		&cobra.Group{ID: "backup", Title: "Back up:"},
 		&cobra.Group{ID: "restore", Title: "Restore points and what is in them:"},
-		&cobra.Group{ID: "care", Title: "Look after the repository:"},
 		&cobra.Group{ID: "recover", Title: "Run from the backup:"},
+		&cobra.Group{ID: "care", Title: "Look after the repository:"},
 	)
 	root.AddCommand(
-		a.initCommand(), a.vms(), a.backup(), a.copy(), a.check(), a.repair(),
-		a.forget(), a.keep(), a.prune(), a.key(), a.mechanic(),
+		a.initCommand(), a.vms(), a.backup(), a.copy(),
 		a.points(), a.show(), a.restore(), a.image(), a.publish(),
 		a.recover(), a.migrate(), a.undo(), a.sessions(), a.resume(), a.unpin(),
+		a.check(), a.repair(), a.forget(), a.keep(), a.prune(), a.tier(), a.key(), a.harden(), a.mechanic(),
 		a.version(), a.serve(), a.thaw(),
 	)
 	for _, cmd := range root.Commands() {

@@ -13,6 +13,9 @@ import (
 	"holdfast/internal/repo"
 )
 
+// errVandal is the result of a check that has undone something.
+var errVandal = errors.New("somebody had deleted or overwritten what the repository needs, and it is back")
+
 // errDamage is the result of a check that found some.
 var errDamage = errors.New("the repository is damaged")
 
@@ -43,7 +46,7 @@ func (a *app) check() *cobra.Command {
 	var keyless bool
 	cmd := &cobra.Command{
 		Use:     "check",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Prove that all restore points are whole",
 		Long: `Prove that the repository holds all that its restore points need: the chain of
 commits, every index and every pack in its length, and for every disk of every
@@ -58,7 +61,12 @@ once and right when it was read again is told, and is no damage.
 With --keyless no passphrase is asked for: whoever keeps the store proves that
 all that should be there is there, unchanged, and sees nothing of what it is.
 
-The exit status is 1 when something is damaged.`,
+Where the store keeps versions, what somebody has deleted or overwritten there is
+found, and brought back, also when the repository does not even open. With a rule
+on immutability the store is tried for its locks, those of all that restore points
+need are read, and what is not locked long enough is locked.
+
+The exit status is 1 when something is damaged, or was brought back.`,
 		Example: `  holdfast check
   holdfast check --read-data=5 --quiet
   holdfast check --keyless --read-data --json --repo /srv/their-repository`,
@@ -82,7 +90,7 @@ The exit status is 1 when something is damaged.`,
 }
 
 func listProblems(r *repo.CheckReport) {
-	r.Problems, r.Transient = list(r.Problems), list(r.Transient)
+	r.Problems, r.Transient, r.Undeleted = list(r.Problems), list(r.Transient), list(r.Undeleted)
 }
 
 func problemTable(problems []repo.Problem) string {
@@ -102,6 +110,15 @@ func checkText(r *repo.CheckReport, readData, keyless bool, d time.Duration) str
 	for _, p := range r.Transient {
 		fmt.Fprintf(&b, "%s: %s when it was read first, and was right the second time: look at the memory, cables and disks on the way to it\n", p.Object, oneLine(p.What))
 	}
+	if r.Elsewhere > 0 {
+		fmt.Fprintf(&b, "%s of these %s not in this store: what lies in another one is proved there\n", count(r.Elsewhere, "pack"), is(r.Elsewhere))
+	}
+	if n := len(r.Undeleted); n > 0 {
+		fmt.Fprintf(&b, "%s back that somebody had deleted or overwritten\n", count(n, "object"))
+	}
+	if r.Locks != nil {
+		fmt.Fprintf(&b, "immutable for %s (%s): %s", count(r.Locks.Days, "day"), r.Locks.Mode, locksText(r.Locks, keyless))
+	}
 	read := "their data was not read (--read-data)"
 	if readData {
 		read = size(r.ReadBytes) + " read and authenticated"
@@ -118,13 +135,23 @@ func checkText(r *repo.CheckReport, readData, keyless bool, d time.Duration) str
 	return b.String()
 }
 
+func is(n int) string {
+	if n == 1 {
+		return "is"
+	}
+	return "are"
+}
+
 // damage is the error of a report with problems.
 func damage(r *repo.CheckReport, keyless bool) error {
+	if n := len(r.Undeleted); len(r.Problems) == 0 && n > 0 {
+		return fmt.Errorf("%w: %s; nothing is lost, but find out who, and change the store's credentials", errVandal, count(n, "object"))
+	}
 	if len(r.Problems) == 0 {
 		return nil
 	}
 	points := pointsOf(r.Problems)
-	advice := "no restore point has lost anything"
+	advice := "no restore point has lost anything: \"holdfast repair\" stores anew what is left of what is damaged"
 	switch {
 	case keyless:
 		advice = "whoever has the passphrase learns from \"holdfast check\" what that means for restore points"
@@ -149,7 +176,7 @@ func (a *app) repair() *cobra.Command {
 	var readData percent
 	cmd := &cobra.Command{
 		Use:     "repair [--from REPOSITORY]",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Store lost data anew, from another repository",
 		Long: `Check the repository, rebuild index objects that are lost, mark damaged data as
 lost, and store it anew from another repository with the same VMs: what lies at

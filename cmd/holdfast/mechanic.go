@@ -15,13 +15,13 @@ func (a *app) mechanic() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "repo",
 		GroupID: "care",
-		Short:   "Look into the repository",
+		Short:   "Look into the repository, and make it immutable",
 		Long: `Look into the repository: numbers, packs, and any stored object taken apart. The
-names are those of docs/format.md. Nothing here changes anything.`,
+names are those of docs/format.md. Nothing but "immutable" changes anything.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.repoStats(), a.repoPacks(), a.repoCat(), a.repoIndex())
+	cmd.AddCommand(a.repoStats(), a.repoPacks(), a.repoCat(), a.repoIndex(), a.repoImmutable())
 	for _, c := range cmd.Commands() {
 		c.DisableFlagsInUseLine = true
 	}

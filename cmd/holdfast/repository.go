@@ -11,7 +11,8 @@ import (
 )
 
 func (a *app) initCommand() *cobra.Command {
-	return &cobra.Command{
+	var immutable, mode string
+	cmd := &cobra.Command{
 		Use:     "init",
 		GroupID: "backup",
 		Short:   "Make a repository",
@@ -25,13 +26,22 @@ AWS_SECRET_ACCESS_KEY, a profile, or a role. The bucket must exist; the server i
 tried for what a repository needs.
 
 Everything in it is sealed with the passphrase. Nobody can restore anything
-without it: keep it in a second place, away from this machine.`,
+without it: keep it in a second place, away from this machine.
+
+With --immutable the store keeps what a restore point needs from being deleted
+for so long: see "holdfast help repo immutable".`,
 		Example: `  holdfast init --repo /backup/holdfast
   HOLDFAST_PASSPHRASE_FILE=/root/passphrase holdfast init --repo /backup/holdfast
-  holdfast init --repo s3://backups/holdfast?region=eu-central-1`,
+  holdfast init --repo s3://backups/holdfast?region=eu-central-1
+  holdfast init --repo s3://locked/holdfast --immutable 30d`,
 		Args: args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			made, err := a.open().Init(cmd.Context())
+			rule, err := parseRule(immutable, mode)
+			if err != nil {
+				return err
+			}
+			a.warnCompliance(rule)
+			made, err := a.open().Init(cmd.Context(), rule)
 			if err != nil {
 				return err
 			}
@@ -40,6 +50,9 @@ without it: keep it in a second place, away from this machine.`,
 			})
 		},
 	}
+	cmd.Flags().StringVar(&immutable, "immutable", "", "for what `PERIOD` restore points cannot be deleted, as 30d")
+	cmd.Flags().StringVar(&mode, "immutable-mode", "governance", "who may end that, `MODE` governance (a special right on the store) or compliance (nobody)")
+	return cmd
 }
 
 // vmView is a VM in the output of vms.

@@ -32,7 +32,7 @@ func (a *app) forget() *cobra.Command {
 	var within string
 	cmd := &cobra.Command{
 		Use:     "forget [VM] [--keep-... N] | POINT...",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Drop restore points, by rules or by name",
 		Long: `Drop the restore points of a VM, or of all VMs, that no rule keeps, or the ones
 that are named. Each VM is looked at alone. A rule such as --keep-daily 7 keeps the
@@ -119,7 +119,7 @@ func (a *app) keep() *cobra.Command {
 	var forever, clear bool
 	cmd := &cobra.Command{
 		Use:     "keep POINT [--until DATE|--forever|--clear]",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Mark a restore point to stay",
 		Long: `Mark a restore point to stay, whatever the rules of "forget" say: for ever, or
 until the end of a day, or until a time. --clear takes the mark off.`,
@@ -200,7 +200,7 @@ func (a *app) prune() *cobra.Command {
 	var wait bool
 	cmd := &cobra.Command{
 		Use:     "prune",
-		GroupID: "backup",
+		GroupID: "care",
 		Short:   "Free the space of what no restore point needs",
 		Long: `Free what no restore point needs any more, in two steps: what is not needed is put
 into quarantine, where no backup counts on it; and it is removed when no backup is
@@ -254,7 +254,10 @@ func pruneText(r *repo.PruneReport) string {
 	if r.Removed > 0 {
 		line("%s (%s) %s.", count(r.Removed, "pack"), size(r.RemovedBytes), would("removed", "would be removed"))
 	}
-	if r.Quarantined+r.Removed+r.Waiting == 0 {
+	if r.Locked > 0 {
+		line("%s", lockedText(r))
+	}
+	if r.Quarantined+r.Removed+r.Waiting+r.Locked == 0 {
 		line("Nothing to free.")
 	}
 	if r.Waiting > 0 {
@@ -268,6 +271,12 @@ func pruneText(r *repo.PruneReport) string {
 	}
 	for _, s := range r.Revoked {
 		line("Run %s showed no sign of life and was ended.", s)
+	}
+	if r.Checkpoint > 0 {
+		line("The whole state %s entry %d of the chain, so that opening the repository stays quick.", would("is now in", "would be in"), r.Checkpoint)
+	}
+	if r.RemovedEntries > 0 {
+		line("%d entries of the chain that need not be read any more removed.", r.RemovedEntries)
 	}
 	for _, n := range r.Notes {
 		line("Note: %s.", oneLine(n))

@@ -213,6 +213,7 @@ var masks = []struct {
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d`), "TIME"},
 	{regexp.MustCompile(`\b\d+(\.\d)? s\b`), "N s"},
+	{regexp.MustCompile(`(of them|should be) until \d{4}-\d\d-\d\d`), "$1 until DATE"},
 	{recoveryGroups, "GROUPS"},
 	{regexp.MustCompile(`go1\.\d+\S*, [a-z]+/\w+`), "GO, SYSTEM"},
 	// Compressed, or with times without trailing zeros.
@@ -256,7 +257,8 @@ func (s *script) mask(said string) string {
 //	ls DIR               fails with the names
 //	env K=V              for what follows
 //	recovery FILE        the recovery key that is printed there is $RECOVERY then
-//	s3 PREFIX            start an S3 server that misbehaves, for a repository there
+//	s3 PREFIX [locking]  start an S3 server that misbehaves, for a repository there; with Object Lock
+//	vandal [PREFIX]      delete all there that a client may, and write over config
 //	hidden               fails if what serves the one session shows a secret to others
 //	killserver           kill what serves the one session, whose id $SESSION is then
 func (s *script) builtin(words []string) error {
@@ -291,6 +293,8 @@ func (s *script) builtin(words []string) error {
 		return os.WriteFile(path(1), []byte(words[2]+"\n"), 0o600)
 	case "move":
 		return os.Rename(path(1), path(2))
+	case "copy":
+		return os.CopyFS(path(2), os.DirFS(path(1)))
 	case "rm":
 		return os.RemoveAll(path(1))
 	case "flip":
@@ -322,9 +326,17 @@ func (s *script) builtin(words []string) error {
 		s.env["RECOVERY"] = strings.Join(recoveryGroups.FindAllString(string(b), -1), "-")
 		return err
 	case "s3":
-		s.s3 = s3test.New(s.t, s3test.Options{Faults: &s3test.Faults{Chance: 0.05}, Page: 5})
+		s.s3 = s3test.New(s.t, s3test.Options{Faults: &s3test.Faults{Chance: 0.05}, Page: 5, Locking: len(words) > 2})
 		s.env["HOLDFAST_REPO"] = s.s3.Repo(words[1])
 		s.env["AWS_ACCESS_KEY_ID"], s.env["AWS_SECRET_ACCESS_KEY"] = s3test.AccessKey, s3test.SecretKey
+		return nil
+	case "vandal":
+		for _, key := range s.s3.Keys() {
+			s.s3.Hide(key)
+			if strings.HasSuffix(key, "/config") {
+				s.s3.Overwrite(key, []byte("nothing to see here"))
+			}
+		}
 		return nil
 	case "hidden":
 		return s.hidden()

@@ -2,7 +2,7 @@
 // survives a crash at any step.
 //
 //	lease opened → run journalled → snapshot (guest thawed at once) → packs and
-//	disk maps → index objects → Snapshot.Commit (new reference point) → commit
+//	disk maps → index objects → locks → Snapshot.Commit (new reference point) → commit
 //	of the restore point, naming the reference → Snapshot.Close → old reference
 //	forgotten → journal cleared
 //

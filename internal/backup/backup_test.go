@@ -325,3 +325,50 @@ func TestCancel(t *testing.T) {
 	}
 	w.tidy(first.Point)
 }
+
+// A lost node of the newest point's map does not keep the VM from being backed
+// up: the disk is read whole.
+func TestLostMapNode(t *testing.T) {
+	w := newWorld(t)
+	w.host.AddDisk(w.vm, "vdc", 600*page, true)
+	w.scribble("vdc", 0, 3)
+	w.scribble("vdc", 300, 3)
+	w.backup()
+	packs := w.packs()
+	w.scribble("vdc", 301, 1) // its node and those above are stored elsewhere
+	w.backup()
+	for _, name := range packs { // all of the first point's nodes
+		if p, err := w.store.Get(ctx, name, 0, 8); err == nil && p[6] == 2 {
+			if err := w.store.Delete(ctx, name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	w.r = repotest.Open(t, w.store)
+	if c, err := w.r.Check(ctx, repo.CheckOptions{}); err != nil || len(c.Problems) == 0 {
+		t.Fatal(c, err)
+	}
+	w.scribble("vdc", 1, 1)
+	third := w.backup()
+	if !strings.Contains(third.FullReason, "vdc: the newest point's map is damaged") {
+		t.Errorf("full reason %q", third.FullReason)
+	}
+	w.tidy(third.Point)
+	c, err := w.r.Check(ctx, repo.CheckOptions{})
+	if err != nil || slices.ContainsFunc(c.Problems, func(p repo.Problem) bool { return p.Point == third.Point }) {
+		t.Errorf("after it: %+v, %v", c.Problems, err)
+	}
+	if again := w.backup(); again.FullReason != "" {
+		t.Errorf("the next one: %+v", again)
+	}
+}
+
+func (w *world) packs() (names []string) {
+	for i, err := range w.store.List(ctx, "packs/") {
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		names = append(names, i.Name)
+	}
+	return names
+}

@@ -55,7 +55,7 @@ func (t *task) run(ctx context.Context) error {
 		p.Files = append(p.Files, saved)
 	}
 	t.step("committing")
-	if err := t.write.Flush(ctx); err != nil {
+	if err := t.write.Lock(ctx, p); err != nil {
 		return err
 	}
 	if err := t.reference(ctx, p); err != nil {
@@ -142,6 +142,17 @@ func (t *task) copy(ctx context.Context, id hypervisor.DiskID, src disk.Reader) 
 	if err != nil {
 		return "", "", err
 	}
+	root, full, err := t.copyFrom(ctx, id, src, base, full)
+	if base != nil && errors.Is(err, repo.ErrDamaged) {
+		return t.copyFrom(ctx, id, src, nil, damagedMap(err))
+	}
+	return root, full, err
+}
+
+func damagedMap(err error) string { return fmt.Sprintf("the newest point's map is damaged: %v", err) }
+
+// copyFrom makes the disk's map from the base's. With full it reads everything.
+func (t *task) copyFrom(ctx context.Context, id hypervisor.DiskID, src disk.Reader, base *repo.DiskReader, full string) (repo.Root, string, error) {
 	w, err := t.write.Disk(ctx, base, src.Size())
 	if err != nil {
 		return "", "", err
@@ -174,7 +185,7 @@ func (t *task) openBase(ctx context.Context, id hypervisor.DiskID) (base *repo.D
 	}
 	base, err = t.job.Repo.OpenDisk(ctx, t.base.Disks[i])
 	if errors.Is(err, repo.ErrDamaged) {
-		return nil, fmt.Sprintf("the newest point's map is damaged: %v", err), nil
+		return nil, damagedMap(err), nil
 	} else if err != nil {
 		return nil, "", err
 	}

@@ -1,8 +1,10 @@
 // Package blob is the seam below the repository: a store of immutable objects
-// with names. Dir keeps them as files, Mem in memory.
+// with names. Dir keeps them as files, Mem in memory. Limit bounds a store's
+// traffic, Tiers makes one store of several.
 //
 // Names are relative slash-separated paths of [a-z0-9._-], at most 200 bytes,
-// no empty, "." or ".." element, none starting with ".tmp-". An object is at most MaxSize long.
+// no empty, "." or ".." element, none starting with ".tmp-", and ".harden" not
+// the first one. An object is at most MaxSize long.
 package blob
 
 import (
@@ -25,6 +27,10 @@ var (
 	ErrName = errors.New("bad object name")
 	// ErrTruncated is returned by Get when the object ends before the range.
 	ErrTruncated = errors.New("object is shorter than asked for")
+	// ErrUnsynced is returned by Put when the object is there, but may be lost
+	// with the power: the medium failed to make its name durable. That is not
+	// tried again, since a second try that succeeds proves nothing.
+	ErrUnsynced = errors.New("object is not durable")
 )
 
 // Info is what a listing tells of an object.
@@ -53,7 +59,7 @@ type Store interface {
 
 // CheckName returns ErrName unless every store takes the name.
 func CheckName(name string) error {
-	if name == "" || len(name) > 200 {
+	if name == "" || len(name) > 200 || name == HardenDir || strings.HasPrefix(name, HardenDir+"/") {
 		return fmt.Errorf("%w: %q", ErrName, name)
 	}
 	for el := range strings.SplitSeq(name, "/") {

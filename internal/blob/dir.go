@@ -21,12 +21,15 @@ const tmpPrefix = ".tmp-"
 // An object is written to a file without a name (or, where the filesystem has
 // none such, a temporary one), synced, linked to its name, which fails when
 // the name is taken, and its directory is synced. A crash leaves the object
-// whole or absent.
+// whole or absent. Objects are locked in a directory that is hardened.
 type Dir struct {
 	root string
+	fs   files
 
-	mu   sync.Mutex
-	made map[string]bool // directories known to exist durably; guarded by mu
+	mu    sync.Mutex
+	made  map[string]bool // directories known to exist durably; guarded by mu
+	queue []*asked        // for locks; guarded by mu
+	turn  chan struct{}   // one at a time asks for locks
 }
 
 // OpenDir opens the store in an existing directory.
@@ -42,18 +45,36 @@ func OpenDir(root string) (*Dir, error) {
 	if !fi.IsDir() {
 		return nil, fmt.Errorf("%s is not a directory", root)
 	}
-	return &Dir{root: abs, made: map[string]bool{abs: true}}, nil
+	return &Dir{root: abs, fs: osFiles{}, made: map[string]bool{abs: true}, turn: make(chan struct{}, 1)}, nil
 }
 
 // CreateDir makes the directory, which may exist when it is empty, and opens it.
 func CreateDir(root string) (*Dir, error) {
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return nil, err
+	abs, err := filepath.Abs(root)
+	if err == nil {
+		err = makeAll(osFiles{}, abs)
 	}
-	if err := syncDir(filepath.Dir(filepath.Clean(root))); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return OpenDir(root)
+}
+
+// makeAll makes a directory and those above it that are missing, each durable
+// in its parent.
+func makeAll(f files, dir string) error {
+	parent := filepath.Dir(dir)
+	err := f.mkdir(dir)
+	if errors.Is(err, fs.ErrNotExist) && parent != dir {
+		if err := makeAll(f, parent); err != nil {
+			return err
+		}
+		err = f.mkdir(dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return f.syncDir(parent)
 }
 
 func (d *Dir) path(name string) string { return filepath.Join(d.root, filepath.FromSlash(name)) }
@@ -66,13 +87,16 @@ func (d *Dir) Put(ctx context.Context, name string, data []byte) error {
 	if err := d.mkdir(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("put %s: %w", name, err)
 	}
-	if err := create(path, data); err != nil {
+	if err := d.create(path, data); err != nil {
 		if errors.Is(err, fs.ErrExist) {
 			err = ErrExist
 		}
 		return fmt.Errorf("put %s: %w", name, err)
 	}
-	return syncDir(filepath.Dir(path))
+	if err := d.fs.syncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("put %s: %w: %w", name, ErrUnsynced, err)
+	}
+	return nil
 }
 
 // mkdir makes dir and its parents below the root, each durable in its parent.
@@ -87,43 +111,16 @@ func (d *Dir) mkdir(dir string) error {
 	if err := d.mkdir(parent); err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := d.fs.mkdir(dir); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if err := syncDir(parent); err != nil {
+	if err := d.fs.syncDir(parent); err != nil {
 		return err
 	}
 	d.mu.Lock()
 	d.made[dir] = true
 	d.mu.Unlock()
 	return nil
-}
-
-// createNamed writes through a temporary name: for filesystems without
-// nameless files.
-func createNamed(path string, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), tmpPrefix+"*")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.Remove(f.Name())) }()
-	if err := fill(f, data); err != nil {
-		return err
-	}
-	return os.Link(f.Name(), path)
-}
-
-// fill writes data, syncs and closes f.
-func fill(f *os.File, data []byte) error {
-	_, err := f.Write(data)
-	if err == nil {
-		err = f.Chmod(0o400)
-	}
-	if err == nil {
-		// An error of fsync is final for this file: it is never tried again.
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
 }
 
 func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
@@ -159,35 +156,13 @@ func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error
 	return p, nil
 }
 
+// List fails when a directory that it has found cannot be read, be it that it is
+// gone: what was in it cannot be told. Symbolic links to directories are
+// followed, since packs are moved to larger disks that way.
 func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 	return func(yield func(Info, error) bool) {
 		dir, _, _ := cutLast(prefix)
-		err := filepath.WalkDir(d.path(dir), func(path string, e fs.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			rel, err := filepath.Rel(d.root, path)
-			if err != nil {
-				return err
-			}
-			name := filepath.ToSlash(rel)
-			if e.IsDir() || strings.HasPrefix(e.Name(), tmpPrefix) || !strings.HasPrefix(name, prefix) || CheckName(name) != nil {
-				return nil
-			}
-			fi, err := e.Info()
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil // deleted meanwhile
-			} else if err != nil {
-				return err
-			}
-			if !yield(Info{name, fi.Size()}, nil) {
-				return fs.SkipAll
-			}
-			return nil
-		})
+		entries, err := os.ReadDir(d.path(dir))
 		if errors.Is(err, fs.ErrNotExist) {
 			// No such directory: nothing was ever put there. But when the root
 			// itself is gone, "nothing" would be a lie.
@@ -195,10 +170,50 @@ func (d *Dir) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
 				return
 			}
 		}
+		if err == nil {
+			_, err = d.list(ctx, prefix, dir, entries, yield)
+		}
 		if err != nil {
 			yield(Info{}, fmt.Errorf("list %q: %w", prefix, err))
 		}
 	}
+}
+
+// list yields what is in a directory and below, until more is false.
+func (d *Dir) list(ctx context.Context, prefix, dir string, entries []fs.DirEntry, yield func(Info, error) bool) (more bool, err error) {
+	for _, e := range entries {
+		if err := ctx.Err(); err != nil {
+			return false, err
+		}
+		name := e.Name()
+		if dir != "" {
+			name = dir + "/" + name
+		}
+		if CheckName(name) != nil { // that of a temporary file among others; its length ends loops of links, too
+			continue
+		}
+		fi, err := os.Stat(d.path(name))
+		if errors.Is(err, fs.ErrNotExist) && e.Type().IsRegular() {
+			continue // deleted meanwhile
+		} else if err != nil {
+			return false, err
+		}
+		switch {
+		case fi.IsDir():
+			inner, err := os.ReadDir(d.path(name))
+			if err == nil {
+				more, err = d.list(ctx, prefix, name, inner, yield)
+			}
+			if err != nil || !more {
+				return false, err
+			}
+		case strings.HasPrefix(name, prefix):
+			if !yield(Info{name, fi.Size()}, nil) {
+				return false, nil
+			}
+		}
+	}
+	return true, nil
 }
 
 func cutLast(s string) (dir, base string, found bool) {
@@ -215,11 +230,33 @@ func (d *Dir) Delete(ctx context.Context, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
-	err := os.Remove(d.path(name))
+	err := d.fs.remove(d.path(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("delete %s: %w", name, ErrNotExist)
 	} else if err != nil {
+		if errors.Is(err, fs.ErrPermission) && d.keepsFrom(name) {
+			err = ErrLocked
+		}
 		return fmt.Errorf("delete %s: %w", name, err)
 	}
-	return syncDir(filepath.Dir(d.path(name)))
+	return d.fs.syncDir(filepath.Dir(d.path(name)))
+}
+
+// removeReadOnly deletes a file, also where that is refused for one that is
+// read-only, as SMB servers do.
+func removeReadOnly(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrPermission) && os.Chmod(path, 0o600) == nil {
+		if err = os.Remove(path); err != nil {
+			_ = os.Chmod(path, 0o400) // as it was
+		}
+	}
+	return err
+}
+
+// keepsFrom reports whether it is a lock that refuses to delete an object. Over
+// a network it cannot be seen, and in a hardened directory it is the reason.
+func (d *Dir) keepsFrom(name string) bool {
+	set, known := immutable(d.path(name))
+	return set || !known && d.hardened() == nil
 }

@@ -2,6 +2,15 @@
 
 package blob
 
-// create makes path with data, durable but for its directory entry; it fails
-// with fs.ErrExist when path exists.
-func create(path string, data []byte) error { return createNamed(path, data) }
+import "errors"
+
+func (osFiles) nameless(string) (newFile, error) { return nil, errNameless }
+
+func linked(string) bool { return false }
+
+func noLinks(error) bool { return false }
+
+func renameNew(string, string) error { return errors.ErrUnsupported }
+
+// immutable would read the immutable attribute, which cannot be seen from here.
+func immutable(string) (set, known bool) { return false, false }

@@ -98,11 +98,19 @@ func (l *link) charge(n int64) (begin time.Time) {
 }
 
 // As finds an ability of a store, as Locker or Versions, below wrappers such as
-// Limit's.
+// Limit's. Tiers lock where an object lies; their other abilities are those of
+// the own store.
 func As[T any](s Store) (T, bool) {
 	for {
 		if t, ok := s.(T); ok {
 			return t, true
+		}
+		if tiers, ok := s.(*Tiers); ok {
+			if own, ok := As[Locker](tiers.own); ok {
+				if t, ok := any(&tiersLocker{tiers, own}).(T); ok {
+					return t, true
+				}
+			}
 		}
 		w, ok := s.(interface{ under() Store })
 		if !ok {

@@ -52,12 +52,13 @@ var table = map[string]room{
 	"internal/guestfs":  {3, core},
 	"internal/job":      {3, core},
 
-	"internal/blob/s3": {1, right},
-	"internal/nbd":     {1, right},
-	"internal/nfs":     {1, right},
-	"internal/iscsi":   {1, right},
-	"internal/image":   {1, right},
-	"internal/image/":  {1, right},
+	"internal/blob/s3":     {1, right},
+	"internal/blob/harden": {1, right},
+	"internal/nbd":         {1, right},
+	"internal/nfs":         {1, right},
+	"internal/iscsi":       {1, right},
+	"internal/image":       {1, right},
+	"internal/image/":      {1, right},
 
 	"internal/hypervisor/folder":  {2, right},
 	"internal/hypervisor/libvirt": {2, right},
@@ -126,6 +127,10 @@ func sameUnit(a, b string) bool {
 // check returns why a file of package from, a test or not, may not import to;
 // nil if it may.
 func check(from string, test bool, to string) error {
+	if of, ok := testers[from]; ok {
+		// As a test of the package that it is for.
+		from, test = of, true
+	}
 	if to != module && !strings.HasPrefix(to, module+"/") {
 		for mod, owner := range foreign {
 			if (to == mod || strings.HasPrefix(to, mod+"/")) && from != owner {
@@ -135,10 +140,6 @@ func check(from string, test bool, to string) error {
 		return nil
 	}
 	to = strings.TrimPrefix(to, module+"/")
-	if of, ok := testers[from]; ok {
-		// As a test of the package that it is for.
-		from, test = of, true
-	}
 	if from == to {
 		return nil
 	}

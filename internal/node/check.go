@@ -5,8 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/mover"
 	"holdfast/internal/repo"
 )
@@ -39,19 +42,70 @@ func (n *Node) Check(ctx context.Context, q CheckRequest) (*repo.CheckReport, er
 }
 
 func (n *Node) check(ctx context.Context, o repo.CheckOptions, m *mover.Meter) (*repo.CheckReport, error) {
+	back, err := n.undelete(ctx) // before it is opened: it may not open without
+	if err != nil {
+		return nil, err
+	}
 	r, err := n.Repo(ctx)
+	if err != nil {
+		return nil, err
+	}
+	path, err := n.Location()
+	if err != nil {
+		return nil, err
+	}
+	store, err := n.openStore(ctx, path)
 	if err != nil {
 		return nil, err
 	}
 	end := n.o.Report.task("check", m)
 	defer end()
-	return r.Check(ctx, o)
+	caught, err := n.try(ctx, store)
+	if err != nil {
+		return nil, err
+	}
+	o.Undeleted = back
+	report, err := r.Check(ctx, o)
+	return withProblems(report, caught), err
+}
+
+// try tells what the store is caught at when it is tried.
+func (n *Node) try(ctx context.Context, store blob.Store) ([]repo.Problem, error) {
+	p, ok := blob.As[blob.Prober](store)
+	if !ok {
+		return nil, nil
+	}
+	err := p.Probe(ctx)
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		return nil, err
+	case errors.Is(err, blob.ErrUnfit):
+		return []repo.Problem{{Object: "store", What: err.Error()}}, nil
+	default: // as it must be for somebody who may only read
+		n.o.Report.note("the store was not tried for what a repository needs: %v", err)
+	}
+	return nil, nil
+}
+
+func withProblems(r *repo.CheckReport, more []repo.Problem) *repo.CheckReport {
+	if r != nil {
+		r.Problems = append(r.Problems, more...)
+	}
+	return r
 }
 
 func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.Meter) (*repo.CheckReport, error) {
 	path, err := n.Location()
 	if err != nil {
 		return nil, err
+	}
+	hidden, err := n.hidden(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	if len(hidden) > 0 && hidden[0].Object == "config" {
+		return &repo.CheckReport{Problems: hidden}, nil // what it would prove the rest by
 	}
 	store, err := n.store(ctx, path)
 	if err != nil {
@@ -63,11 +117,15 @@ func (n *Node) checkKeyless(ctx context.Context, o repo.CheckOptions, m *mover.M
 	}
 	end := n.o.Report.task("check", m)
 	defer end()
+	caught, err := n.try(ctx, store)
+	if err != nil {
+		return nil, err
+	}
 	report, err := repo.CheckKeyless(ctx, store, ro.Cache, o)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return report, nil
+	return withProblems(report, append(caught, hidden...)), nil
 }
 
 func sortProblems(p []repo.Problem) {
@@ -95,18 +153,16 @@ func (n *Node) Repair(ctx context.Context, q RepairRequest) (*repo.RepairReport,
 	looked := &mover.Meter{}
 	o := repo.RepairOptions{Check: q.Check.options(looked)}
 	if q.From != "" {
-		from, err := n.from(ctx, q)
+		from, done, err := n.from(ctx, q)
 		if err != nil {
 			return nil, err
 		}
 		defer func() {
-			if closeErr := from.Close(); closeErr != nil {
+			if closeErr := done(); closeErr != nil {
 				n.o.Report.note("close %s: %v", q.From, closeErr)
 			}
 		}()
-		if o.From = from.repo; o.From.ID() == r.ID() {
-			return nil, usage("--from %s is the same repository: a repository cannot be repaired from itself", q.From)
-		}
+		o.From = from.repo
 	}
 	end := n.o.Report.task("check", looked)
 	defer end()
@@ -120,17 +176,44 @@ func (n *Node) Repair(ctx context.Context, q RepairRequest) (*repo.RepairReport,
 	return report, nil
 }
 
-// from opens the repository to repair from.
-func (n *Node) from(ctx context.Context, q RepairRequest) (*Node, error) {
+// from opens the repository to repair from. It may be an older copy of this
+// one's directory, so what this machine remembers of this one is not asked.
+func (n *Node) from(ctx context.Context, q RepairRequest) (from *Node, done func() error, err error) {
+	own, err := n.Location()
+	if err != nil {
+		return nil, nil, err
+	}
+	if theirs, err := locate(q.From); err != nil {
+		return nil, nil, err
+	} else if theirs == own {
+		return nil, nil, usage("--from %s is the same repository: a repository cannot be repaired from itself", q.From)
+	}
+	d, err := n.State()
+	if err != nil {
+		return nil, nil, err
+	}
+	caches := filepath.Join(d.Path(), "cache")
+	if err := os.MkdirAll(caches, 0o700); err != nil {
+		return nil, nil, err
+	}
+	cache, err := os.MkdirTemp(caches, "from-*")
+	if err != nil {
+		return nil, nil, err
+	}
+	remove := func() error { return os.RemoveAll(cache) }
 	o := n.o
 	o.Repo, o.Passphrase = q.From, q.Passphrase
-	from := &Node{o: o, state: n.state}
-	if _, err := from.Repo(ctx); errors.Is(err, repo.ErrPassphrase) {
-		return nil, fmt.Errorf("--from: %w; check HOLDFAST_FROM_PASSPHRASE or HOLDFAST_FROM_PASSPHRASE_FILE, or type it again", err)
-	} else if errors.Is(err, repo.ErrNotRepository) {
-		return nil, fmt.Errorf("--from: %w; check --from", err)
-	} else if err != nil {
-		return nil, fmt.Errorf("--from: %w", err)
+	from = &Node{o: o, state: n.state, cache: cache}
+	_, err = from.Repo(ctx)
+	switch {
+	case errors.Is(err, repo.ErrPassphrase):
+		err = fmt.Errorf("--from: %w; check HOLDFAST_FROM_PASSPHRASE or HOLDFAST_FROM_PASSPHRASE_FILE, or type it again", err)
+	case errors.Is(err, repo.ErrNotRepository):
+		err = fmt.Errorf("--from: %w; check --from", err)
+	case err != nil:
+		err = fmt.Errorf("--from: %w", err)
+	default:
+		return from, func() error { return errors.Join(from.Close(), remove()) }, nil
 	}
-	return from, nil
+	return nil, nil, errors.Join(err, remove())
 }

@@ -14,6 +14,7 @@ import (
 	"holdfast/internal/disk/disktest"
 	"holdfast/internal/image/vhdx"
 	"holdfast/internal/mover"
+	"holdfast/internal/repo"
 )
 
 // place writes a disk of 4 MiB with random bytes in its first MiB as a file of
@@ -75,7 +76,7 @@ func TestRestoreKeepsSectors(t *testing.T) {
 		Passphrase: func(context.Context, bool) ([]byte, error) { return []byte("a passphrase"), nil },
 	})
 	defer n.Close()
-	if _, err := n.Init(t.Context()); err != nil {
+	if _, err := n.Init(t.Context(), repo.Immutability{}); err != nil {
 		t.Fatal(err)
 	}
 	results, err := n.Backup(t.Context(), BackupRequest{Host: filepath.Dir(src)})

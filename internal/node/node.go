@@ -18,6 +18,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/s3"
@@ -81,6 +83,7 @@ type Node struct {
 	keys       *s3.Keys // of its store, likewise; nil looks for them
 	repo       *repo.Repo
 	state      *state.Dir
+	cache      string // "" is that of the state directory
 }
 
 // New makes a Node. Nothing is opened yet.
@@ -123,7 +126,7 @@ func (n *Node) options() (repo.Options, error) {
 	if err != nil {
 		return repo.Options{}, err
 	}
-	return repo.Options{Cache: filepath.Join(d.Path(), "cache"), Compression: n.o.Compression, Key: n.key}, nil
+	return repo.Options{Cache: cmp.Or(n.cache, filepath.Join(d.Path(), "cache")), Compression: n.o.Compression, Key: n.key, OpenTier: n.openStore}, nil
 }
 
 // Repo is the repository, opened when first needed.
@@ -147,7 +150,12 @@ func (n *Node) Repo(ctx context.Context) (*repo.Repo, error) {
 		return nil, err
 	}
 	r, err := repo.Open(ctx, store, n.passphrase, o)
-	if errors.Is(err, repo.ErrDamaged) {
+	if err != nil {
+		err = repo.WhyClosed(ctx, store, err)
+	}
+	if errors.Is(err, repo.ErrHidden) {
+		return nil, fmt.Errorf("open the repository %s: %w", path, err)
+	} else if errors.Is(err, repo.ErrDamaged) {
 		return nil, fmt.Errorf("open the repository %s: %w; put that object back from a copy of the repository", path, err)
 	} else if err != nil {
 		return nil, fmt.Errorf("open the repository %s: %w", path, err)
@@ -175,7 +183,8 @@ type Made struct {
 
 // Init makes a repository in a directory that is missing or empty, or under an
 // empty prefix of a bucket.
-func (n *Node) Init(ctx context.Context) (Made, error) {
+// With a rule on immutability the store must prove first that it keeps it.
+func (n *Node) Init(ctx context.Context, rule repo.Immutability) (Made, error) {
 	path, err := n.Location()
 	if err != nil {
 		return Made{}, err
@@ -195,8 +204,18 @@ func (n *Node) Init(ctx context.Context) (Made, error) {
 	if err != nil {
 		return Made{}, fmt.Errorf("make the repository: %w", err)
 	}
+	if rule.Days > 0 {
+		if err := repo.TryLocks(ctx, store, rule.Mode); err != nil {
+			return Made{}, fmt.Errorf("nothing was made: immutability: %w", err)
+		}
+	}
 	if n.repo, err = repo.Init(ctx, store, n.passphrase, o); err != nil {
 		return Made{}, fmt.Errorf("make the repository %s: %w", path, err)
+	}
+	if rule.Days > 0 {
+		if err := n.repo.SetImmutable(ctx, rule, nil); err != nil {
+			return Made{}, fmt.Errorf("the repository is made, but without immutability: %w", err)
+		}
 	}
 	return Made{n.repo.ID(), path}, nil
 }
@@ -214,6 +233,9 @@ func vacant(path string) error {
 		return fmt.Errorf("%s: %w", path, repo.ErrExist)
 	}
 	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".tmp-") {
+			continue
+		}
 		switch e.Name() {
 		case "keys", "keyring", "lost+found":
 		default:

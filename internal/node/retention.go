@@ -189,6 +189,8 @@ func (n *Node) Prune(ctx context.Context, o PruneOptions) (*repo.PruneReport, er
 			fallthrough
 		case step == "copy":
 			m.Set(done, total)
+		case step == "entries" && done%1000 == 0:
+			n.o.Report.note("deleted %d of %d entries of the chain that need not be read any more", done, total)
 		}
 	}
 	if o.DryRun {

@@ -62,7 +62,7 @@ func (n *Node) store(ctx context.Context, location string) (s blob.Store, err er
 	_, err = s.Get(ctx, "config", 0, 1)
 	switch {
 	case errors.Is(err, blob.ErrNotExist):
-		return nil, fmt.Errorf("%s: %w", location, repo.ErrNotRepository)
+		return nil, fmt.Errorf("%s: %w", location, repo.WhyClosed(ctx, s, repo.ErrNotRepository))
 	case err != nil && onS3(location) && !errors.Is(err, blob.ErrTruncated):
 		return nil, fmt.Errorf("open the repository %s: %w", location, err)
 	}
@@ -86,12 +86,12 @@ func (n *Node) openStore(ctx context.Context, location string) (s blob.Store, er
 // left. create makes the store there.
 func (n *Node) vacancy(ctx context.Context, location string) (create func(context.Context) (blob.Store, error), err error) {
 	if !onS3(location) {
-		return func(context.Context) (blob.Store, error) {
+		return func(ctx context.Context) (blob.Store, error) {
 			s, err := blob.CreateDir(location)
 			if err != nil {
 				return nil, err
 			}
-			return blob.Limit(s, n.o.Rates), nil
+			return blob.Limit(s, n.o.Rates), s.Probe(ctx)
 		}, vacant(location)
 	}
 	s, err := n.openS3(ctx, location)

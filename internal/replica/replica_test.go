@@ -57,7 +57,8 @@ func TestCopy(t *testing.T) {
 	if again, err := Run(ctx, Job{From: from, To: to, State: w.state, Points: []repo.Point{p1}}); err != nil || again[0].State != There {
 		t.Errorf("%+v, %v", again, err)
 	}
-	if calls, sent, got := store.since(); calls > 10 || sent > 0 || got > 0 {
+	// Each look for news of the chain reads the 64 bytes with which its newest entry begins.
+	if calls, sent, got := store.since(); calls > 10 || sent > 0 || got > 64*calls/2 {
 		t.Errorf("with nothing to do: %d calls, %d bytes sent, %d got", calls, sent, got)
 	}
 	w.scribble(web, "vda", 705, 1)

@@ -1,10 +1,12 @@
 package repo
 
 import (
+	"context"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/disk"
@@ -117,4 +119,50 @@ func BenchmarkPath(b *testing.B) {
 			}
 		}
 	})
+}
+
+// far is a store that takes its time for each call.
+type far struct{ *blob.Mem }
+
+func (s far) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
+	time.Sleep(50 * time.Millisecond)
+	return s.Mem.Get(ctx, name, off, n)
+}
+
+// An empty machine opens a repository of 5,000 entries, 50 ms away, before and
+// after prunes have written two checkpoints.
+func BenchmarkOpenFar(b *testing.B) {
+	store := new(blob.Mem)
+	cheap := seal.KDF{Name: "argon2id", Time: 1, Memory: 64, Threads: 1, Root: 1}
+	r, err := initialize(ctx, store, secret, Options{Cache: b.TempDir()}, cheap)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	entries := func(n int) {
+		for range n {
+			e := entrySealed{Point: &Point{ID: PointID(RandomID()), VM: "vm"}}
+			if err := r.append(ctx, kindCommit, entryClear{Lease: RandomID()}, e, func(*state) error { return nil }); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	entries(5000)
+	open := func(b *testing.B) {
+		for range b.N {
+			r, err := Open(ctx, far{store}, secret, Options{Cache: b.TempDir()})
+			if err != nil {
+				b.Fatal(err)
+			}
+			r.Close()
+		}
+	}
+	b.Run("all", open)
+	for range 2 {
+		if _, err := r.Prune(ctx, PruneOptions{Watch: -1}); err != nil {
+			b.Fatal(err)
+		}
+		entries(checkpointEvery)
+	}
+	b.Run("checkpoints", open)
 }

@@ -8,14 +8,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
@@ -37,6 +31,8 @@ const (
 	kindKeys
 	kindCheckpoint
 	kindDistrust
+	kindLocks
+	kindTiers
 )
 
 // entryClear is an entry's clear part.
@@ -47,6 +43,10 @@ type entryClear struct {
 	Adds     []seal.Hex `json:"adds,omitempty"`
 	Drops    []seal.Hex `json:"drops,omitempty"`
 	Lease    string     `json:"lease,omitempty"`
+	Start    uint64     `json:"start,omitempty"` // state.older after this entry
+	Tiers    int        `json:"tiers,omitempty"` // how many, where an entry tells them
+
+	Locks *Immutability `json:"locks,omitempty"`
 }
 
 // entrySealed is the union of all kinds' sealed parts.
@@ -59,6 +59,8 @@ type entrySealed struct {
 	Keyring string   `json:"keyring,omitempty"` // 8 digits: the newest one
 	Removed []string `json:"removed,omitempty"` // key slots
 	Until   *Until   `json:"until,omitempty"`
+
+	Tiers []Tier `json:"tiers,omitempty"`
 }
 
 // badItem is a copy of an item that cannot be read.
@@ -79,7 +81,8 @@ type state struct {
 	digest     [32]byte // of entry head, or of config
 	points     map[PointID]Point
 	order      []PointID
-	forgotten  map[PointID]Point   // a pin may still keep their data
+	committed  map[PointID]uint64  // the entry of each point
+	forgotten  map[PointID]*Point  // nil for one that no pin can name any more
 	keep       map[PointID]Until   // marked to stay
 	indexes    map[[32]byte]bool   // live index objects
 	added      map[[32]byte]adding // by what entry, of each of those
@@ -89,14 +92,28 @@ type state struct {
 	time       time.Time       // of the head, for people
 	keyring    int             // number of the newest one that an entry names
 	removed    map[string]bool // key slots
+	tiers      []Tier          // other stores that hold packs; Turned included. Replaced, never changed
 	// quarantined is the newest entry that put packs into quarantine, moved the
 	// newest that changed which copies count: quarantine, sweep, distrust.
 	quarantined, moved uint64
+	// mended is the newest entry that put others in the place of lost index
+	// objects. What those alone knew of is in the inventory no more.
+	mended uint64
+	// checkpoint is the number of the newest one, older that of the one before
+	// it, from which the chain has to be read.
+	checkpoint, older uint64
+	// locks is the rule on immutability; a checkpoint carries its Immutability.
+	locks lockState
 	// gaps are entries that are damaged or missing. Reading goes on without
-	// them; nothing is appended to a chain with gaps.
-	gaps []string
-	// unknown: digest is not known, since entry head is a gap.
+	// them; nothing is appended to a chain with gaps. healed are those before a
+	// checkpoint, which has what they said.
+	gaps, healed []gap
+	// header is how entry head begins, in the store.
+	header [seal.HeaderLen]byte
+	// unknown: digest and header are not known, since entry head is a gap.
 	unknown bool
+	// proving: a checkpoint must agree with the entries before it.
+	proving bool
 }
 
 // adding tells when, and in which run, an index object was added.
@@ -106,7 +123,7 @@ type adding struct {
 }
 
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, forgotten: map[PointID]Point{}, keep: map[PointID]Until{},
+	return &state{digest: config, points: map[PointID]Point{}, committed: map[PointID]uint64{}, forgotten: map[PointID]*Point{}, keep: map[PointID]Until{},
 		indexes: map[[32]byte]bool{}, added: map[[32]byte]adding{},
 		over: map[string]kind{}, quarantine: map[[32]byte]uint64{}, bad: map[badKey]bool{}, removed: map[string]bool{}}
 }
@@ -139,33 +156,34 @@ func (r *Repo) apply(ctx context.Context, s *state, p []byte) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	if err := seal.Unmarshal(content, &sealed); err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+	if kind(raw.Header.Kind) == kindCheckpoint {
+		err = s.takeCheckpoint(&c, content)
+	} else if err = seal.Unmarshal(content, &sealed); err == nil {
+		err = s.take(kind(raw.Header.Kind), &c, &sealed)
 	}
-	if err := s.take(kind(raw.Header.Kind), &c, &sealed); err != nil {
+	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
 	s.head, s.digest, s.unknown, s.time = n, sha256.Sum256(p), false, c.Time
+	copy(s.header[:], p)
 	return nil
-}
-
-// skip goes past an entry that is damaged or missing.
-func (s *state) skip(why error) {
-	s.head++
-	s.unknown = true
-	s.gaps = append(s.gaps, why.Error())
 }
 
 // take changes the state as the entry says.
 func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	switch k {
 	case kindAdd:
+		if len(c.Drops) > 0 {
+			s.mended, s.locks.Distrusted = c.Number, c.Number
+		}
 	case kindKeys:
 		if err := s.takeKeys(e); err != nil {
 			return err
 		}
 	case kindSweep:
 		s.moved = c.Number
+	case kindTiers:
+		s.takeTiers(c.Number, e.Tiers)
 	case kindCommit:
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
@@ -174,14 +192,17 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			s.order = slices.DeleteFunc(s.order, func(id PointID) bool { return id == e.Point.ID })
 			delete(s.forgotten, e.Point.ID)
 		}
+		s.committed[e.Point.ID] = c.Number
 		s.points[e.Point.ID] = *e.Point
 		s.order = append(s.order, e.Point.ID)
 		s.over[c.Lease] = k
+		s.locks.Commit = c.Number
 	case kindForget:
 		for _, id := range e.Points {
 			if p, ok := s.points[id]; ok {
-				s.forgotten[id] = p
+				s.forgotten[id] = &p
 				delete(s.points, id)
+				delete(s.committed, id)
 			}
 		}
 	case kindKeep:
@@ -213,6 +234,11 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 		}
 		s.moved = c.Number
+		s.locks.Distrusted = c.Number
+	case kindLocks:
+		if err := s.locks.take(c.Locks); err != nil {
+			return err
+		}
 	default:
 		return fmt.Errorf("%w: chain entry of kind %d", ErrVersion, k)
 	}
@@ -241,185 +267,13 @@ func parseDigest(s string) (d [32]byte, err error) {
 	return [32]byte(b), nil
 }
 
-// load reads the whole chain: at Open, before anything is shared.
-func (r *Repo) load(ctx context.Context) error {
-	seen, err := r.seen()
-	if err != nil {
-		return err
-	}
-	entries, err := r.entries(ctx)
-	if err != nil {
-		return err
-	}
-	for _, p := range entries {
-		if err := r.applyOrSkip(ctx, r.state, p); err != nil {
-			return err
-		}
-		if r.state.head == seen.Number && !r.state.unknown && !bytes.Equal(seen.Digest, r.state.digest[:]) {
-			return r.rolledBack(seen)
-		}
-	}
-	if seen.Number > r.state.head {
-		return r.rolledBack(seen)
-	}
-	return r.remember(r.state)
-}
-
-// entries reads all entries up to the greatest number; nil for one that is not
-// there.
-func (r *Repo) entries(ctx context.Context) ([][]byte, error) {
-	names, err := listNames(ctx, r.store, "chain/")
-	if err != nil || len(names) == 0 {
-		return nil, err
-	}
-	last, err := strconv.ParseUint(strings.TrimPrefix(names[len(names)-1], "chain/"), 10, 64)
-	if err != nil || last > uint64(len(names))+maxGap {
-		return nil, fmt.Errorf("%s: %w: not the name of the chain's newest entry", names[len(names)-1], ErrDamaged)
-	}
-	entries := make([][]byte, last)
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(16)
-	for i := range entries {
-		g.Go(func() error {
-			p, err := r.store.Get(gctx, entryName(uint64(i+1)), 0, -1)
-			if errors.Is(err, blob.ErrNotExist) {
-				return nil
-			}
-			entries[i] = p
-			return err
-		})
-	}
-	return entries, g.Wait()
-}
-
-// maxGap bounds how many entries may be missing in a chain that is read all
-// the same.
-const maxGap = 1 << 20
-
-// applyOrSkip takes an entry in, or notes that it is damaged or missing.
-func (r *Repo) applyOrSkip(ctx context.Context, s *state, p []byte) error {
-	if p == nil {
-		s.skip(fmt.Errorf("%s: %w: missing", entryName(s.head+1), ErrDamaged))
-		return nil
-	}
-	return s.skipDamage(r.apply(ctx, s, p))
-}
-
-// skipDamage notes damage; other errors it returns.
-func (s *state) skipDamage(err error) error {
-	if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
-		s.skip(err)
-		return nil
-	}
-	return err
-}
-
-// headSeen is the newest chain entry that this machine has seen.
-type headSeen struct {
-	Number uint64   `json:"number"`
-	Digest seal.Hex `json:"digest"`
-}
-
-func (r *Repo) headPath() string { return filepath.Join(r.cache, "head") }
-
-func (r *Repo) seen() (h headSeen, err error) {
-	p, err := os.ReadFile(r.headPath())
-	if errors.Is(err, os.ErrNotExist) {
-		return h, nil
-	} else if err != nil {
-		return h, err
-	}
-	if err := json.Unmarshal(p, &h); err != nil {
-		return h, fmt.Errorf("%s: %w; delete it to go on without the detection of a rollback", r.headPath(), err)
-	}
-	return h, nil
-}
-
-func (r *Repo) rolledBack(seen headSeen) error {
-	return fmt.Errorf("%w: entry %d of its chain is missing or another one; if you put back an older copy yourself, delete %s",
-		ErrRolledBack, seen.Number, r.headPath())
-}
-
-// remember keeps the head for the next Open. A crash here costs only that.
-func (r *Repo) remember(s *state) error {
-	if s.head == 0 || s.unknown {
-		return nil
-	}
-	if err := os.MkdirAll(r.cache, 0o700); err != nil {
-		return err
-	}
-	p, err := json.Marshal(headSeen{s.head, s.digest[:]})
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(r.cache, "head-*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(p)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), r.headPath())
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
-}
-
-// refresh reads the entries after the head and the index objects that are new.
-func (r *Repo) refresh(ctx context.Context) error {
-	r.refreshing.Lock()
-	defer r.refreshing.Unlock()
-	return r.refreshLocked(ctx)
-}
-
-func (r *Repo) refreshLocked(ctx context.Context) error {
-	old := r.current()
-	s := old
-	for {
-		p, err := r.store.Get(ctx, entryName(s.head+1), 0, -1)
-		if errors.Is(err, blob.ErrNotExist) {
-			// An index object that is gone may have been replaced meanwhile.
-			if err := r.readIndexes(ctx, s); errors.Is(err, errMoved) {
-				continue
-			} else if err != nil {
-				return err
-			}
-			break
-		} else if err != nil {
-			return err
-		}
-		if s == old {
-			s = old.clone()
-		}
-		err = r.apply(ctx, s, p)
-		if errors.Is(err, seal.ErrNoKey) && len(s.gaps) == 0 {
-			return fmt.Errorf("%w: %s", ErrKeys, err) // not damage: it was whole when it was opened
-		}
-		if err := s.skipDamage(err); err != nil {
-			return err
-		}
-	}
-	if s.keyring > old.keyring {
-		if err := r.learn(ctx); err != nil {
-			return err
-		}
-	}
-	if s == old {
-		return nil
-	}
-	r.mu.Lock()
-	r.state = s
-	r.mu.Unlock()
-	return r.remember(s)
-}
-
 func (s *state) clone() *state {
 	c := *s
-	c.points, c.indexes, c.over = cloneMap(s.points), cloneMap(s.indexes), cloneMap(s.over)
+	c.points, c.committed, c.indexes, c.over = cloneMap(s.points), cloneMap(s.committed), cloneMap(s.indexes), cloneMap(s.over)
 	c.quarantine, c.bad, c.removed = cloneMap(s.quarantine), cloneMap(s.bad), cloneMap(s.removed)
 	c.forgotten, c.keep, c.added = cloneMap(s.forgotten), cloneMap(s.keep), cloneMap(s.added)
 	c.order = append([]PointID(nil), s.order...)
+	c.gaps, c.healed = slices.Clip(s.gaps), slices.Clip(s.healed)
 	return &c
 }
 
@@ -438,13 +292,12 @@ func (r *Repo) current() *state {
 	return r.state
 }
 
-func (r *Repo) live(index [32]byte) bool { return r.current().indexes[index] }
-
 func indexName(d [32]byte) string { return "index/" + hex.EncodeToString(d[:]) }
 
 // indexClear is an index object's clear part.
 type indexClear struct {
 	Packs      []packRow  `json:"packs"`
+	Made       []int64    `json:"made,omitempty"`
 	Supersedes []seal.Hex `json:"supersedes,omitempty"`
 }
 
@@ -496,7 +349,7 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 	}
 	var content []byte
 	if err == nil {
-		content, err = raw.Open(master, "index")
+		content, err = raw.OpenOver(master, "index")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -504,6 +357,9 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 	packs := make([]index.Pack, len(c.Packs))
 	for i, row := range c.Packs {
 		packs[i] = index.Pack{Name: row.Name, Size: row.Size, Kind: row.Kind}
+		if len(c.Made) == len(packs) {
+			packs[i].Made = c.Made[i]
+		}
 	}
 	if err := index.Unmarshal(content, packs); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -513,9 +369,9 @@ func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) 
 
 // putIndex stores an index object for the packs.
 func (r *Repo) putIndex(ctx context.Context, packs []index.Pack, supersedes ...seal.Hex) ([32]byte, error) {
-	c := indexClear{Packs: make([]packRow, len(packs)), Supersedes: supersedes}
+	c := indexClear{Packs: make([]packRow, len(packs)), Made: make([]int64, len(packs)), Supersedes: supersedes}
 	for i, k := range packs {
-		c.Packs[i] = packRow{k.Name, k.Size, k.Kind}
+		c.Packs[i], c.Made[i] = packRow{k.Name, k.Size, k.Kind}, k.Made
 	}
 	clear, err := json.Marshal(c)
 	if err != nil {
@@ -539,10 +395,16 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 	if err != nil {
 		return err
 	}
+	return r.appendContent(ctx, k, c, content, e.Point, allowed)
+}
+
+// appendContent is append for a sealed part as it is; point is what it
+// commits, if it does.
+func (r *Repo) appendContent(ctx context.Context, k kind, c entryClear, content []byte, point *Point, allowed func(*state) error) error {
 	r.refreshing.Lock()
 	defer r.refreshing.Unlock()
 	for {
-		if err := r.refreshLocked(ctx); err != nil {
+		if _, err := r.refreshLocked(ctx); err != nil {
 			return err
 		}
 		s := r.current()
@@ -552,7 +414,10 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 		if err := allowed(s); err != nil {
 			return err
 		}
-		c.Number, c.Previous, c.Time = s.head+1, s.digest[:], time.Now().UTC()
+		c.Number, c.Previous, c.Time, c.Start = s.head+1, s.digest[:], time.Now().UTC(), s.older
+		if k == kindCheckpoint {
+			c.Start = s.checkpoint
+		}
 		clear, err := json.Marshal(c)
 		if err != nil {
 			return err
@@ -568,9 +433,45 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 			return err
 		}
 		if mine {
-			return r.refreshLocked(context.WithoutCancel(ctx))
+			err := r.arrived(context.WithoutCancel(ctx), c.Number, p, point)
+			r.lockEntry(ctx, c.Number)
+			return err
 		}
 	}
+}
+
+// ErrLeftBehind: this process stood still while others went on for so long
+// that it cannot be told whether what it added counts.
+var ErrLeftBehind = errors.New("this process stood still while the repository's chain went on for thousands of entries; what it was about to do is void")
+
+// arrived takes in the news after entry n, whose bytes p this process has just
+// stored, and makes sure that n is in the chain. Its name may have been free
+// because the true entry n was deleted: then entry n-1 is gone as well, which
+// shows (docs/format.md §6.4).
+func (r *Repo) arrived(ctx context.Context, n uint64, p []byte, point *Point) error {
+	anew, err := r.refreshLocked(ctx)
+	if err != nil || !anew {
+		return err
+	}
+	s := r.current()
+	if n >= s.older {
+		if there, err := r.store.Get(ctx, entryName(n), 0, -1); err != nil || bytes.Equal(there, p) {
+			return err
+		}
+		return ErrLeftBehind
+	}
+	if point != nil {
+		_, live := s.points[point.ID]
+		_, gone := s.forgotten[point.ID]
+		if live || gone {
+			return nil
+		}
+	}
+	// What is before the chain's start is nothing to anybody.
+	if err := r.store.Delete(ctx, entryName(n)); err != nil && !errors.Is(err, blob.ErrNotExist) {
+		return errors.Join(ErrLeftBehind, err)
+	}
+	return ErrLeftBehind
 }
 
 // putEntry creates an entry and says whether it is ours. A Put that failed may
@@ -584,7 +485,7 @@ func (r *Repo) putEntry(ctx context.Context, name string, p []byte) (mine bool, 
 	defer cancel()
 	there, err := r.store.Get(ctx, name, 0, -1)
 	switch {
-	case err == nil && bytes.Equal(there, p):
+	case err == nil && bytes.Equal(there, p) && !errors.Is(putErr, blob.ErrUnsynced):
 		return true, nil
 	case err == nil && errors.Is(putErr, blob.ErrExist):
 		return false, nil

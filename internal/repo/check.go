@@ -2,14 +2,13 @@ package repo
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
 
-	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -25,6 +24,9 @@ type CheckOptions struct {
 	// whose last reading by this machine is the longest ago. Repeated checks read
 	// everything in 100/Percent times. 0 and 100 read all.
 	Percent float64
+	// Undeleted is what was brought back before, for the report: that it is not
+	// locked is no further problem.
+	Undeleted []Undeleted
 	// Report is told how many bytes of packs were looked at, of how many.
 	Report func(done, total int64)
 }
@@ -46,8 +48,16 @@ type CheckReport struct {
 	Transient []Problem `json:"transient"`
 	// Mended counts damaged packs of which everything was stored anew since.
 	Mended int `json:"mended_packs"`
+	// Elsewhere counts packs that are in another store, or lost with it: those
+	// that a tier opened by itself does not have, and without a key those that
+	// this store does not have.
+	Elsewhere int `json:"elsewhere_packs,omitempty"`
 	// Distrusted counts damaged copies that the next runs will store again.
 	Distrusted int `json:"distrusted"`
+
+	Locks *LockReport `json:"locks,omitempty"` // nil without a rule on immutability
+	// Undeleted is what somebody had deleted or overwritten, and is back.
+	Undeleted []Undeleted `json:"undeleted"`
 
 	worn []wornPack // damaged and not mended
 }
@@ -83,6 +93,12 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.keys(ctx); err != nil {
 		return nil, err
 	}
+	if err := c.small(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.tiers(ctx); err != nil {
+		return nil, err
+	}
 	if err := c.indexes(ctx); err != nil {
 		return nil, err
 	}
@@ -98,7 +114,10 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.still(ctx); err != nil {
 		return nil, err
 	}
-	if len(c.r.current().gaps) > 0 {
+	if err := c.locks(ctx); err != nil {
+		return nil, err
+	}
+	if len(c.r.current().gaps) > 0 || c.r.mirrorOf != "" {
 		return &c.report, nil // nothing can be recorded in a chain with gaps
 	}
 	if err := c.r.mend(ctx); err != nil {
@@ -108,7 +127,7 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 }
 
 func newChecker(r *Repo, o CheckOptions) *checker {
-	return &checker{r: r, o: o, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
+	return &checker{r: r, o: o, report: CheckReport{Undeleted: o.Undeleted}, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
 }
 
 type packInfo struct {
@@ -143,22 +162,38 @@ func (c *checker) chain(ctx context.Context) error {
 	}
 	known := c.r.current()
 	c.moved = known.moved
-	p, err := c.r.store.Get(ctx, configName, 0, -1)
+	numbers, err := entryNumbers(ctx, c.r.store)
 	if err != nil {
 		return err
 	}
-	s := newState(sha256.Sum256(p))
-	for s.head < known.head {
-		p, err := c.r.store.Get(ctx, entryName(s.head+1), 0, -1)
-		if err != nil && !errors.Is(err, blob.ErrNotExist) {
+	numbers = slices.DeleteFunc(numbers, func(n uint64) bool { return n > known.head })
+	s := c.r.genesis()
+	s.proving = true
+	vanished, err := c.r.follow(ctx, s, numbers, nil)
+	if err != nil {
+		return err
+	}
+	if vanished { // a prune beside this check may have deleted them by right
+		if err := c.r.refresh(ctx); err != nil {
 			return err
 		}
-		if err := c.r.applyOrSkip(ctx, s, p); err != nil {
-			return err
+		if c.r.current().checkpoint != known.checkpoint {
+			return errMoved
 		}
 	}
-	for _, gap := range s.gaps {
-		c.problem(Problem{Object: "chain", What: gap})
+	s.miss(known.head)
+	if what, err := s.differs(known); err != nil {
+		return err
+	} else if what != "" && len(s.gaps)+len(known.gaps) == 0 {
+		c.problem(Problem{Object: "chain", What: "its " + what + " are not what they were when it was read first; open the repository anew"})
+	}
+	for _, g := range s.healed {
+		if g.last >= s.older { // what is before it is not read any more
+			c.problem(Problem{Object: "chain", What: g.text + "; nothing is lost by that: the checkpoint behind it has what it said"})
+		}
+	}
+	for _, g := range s.gaps {
+		c.problem(Problem{Object: "chain", What: g.text})
 	}
 	c.report.Entries, c.report.Points = known.head, len(known.points)
 	return nil
@@ -184,7 +219,7 @@ func (c *checker) indexes(ctx context.Context) error {
 		c.note(d, packs)
 	}
 	if len(lost) > 0 || len(s.gaps) > 0 {
-		found, err := c.r.makeUp(ctx, s, lost)
+		found, err := c.r.makeUp(ctx, s, lost, c.r.index)
 		if err != nil {
 			return err
 		}
@@ -228,8 +263,13 @@ func (c *checker) stored(ctx context.Context) error {
 		}
 		there[i.Name] = i.Size
 	}
-	seen := verifiedIn(c.r.cache)
+	seen := verifiedIn(readingCache(c.r.cache, c.r.mirrorOf))
 	read := seen.choose(c.packs, c.o)
+	for k := range c.r.current().bad { // where damage was found before
+		if _, listed := c.packs[k.pack]; listed {
+			read[k.pack] = true
+		}
+	}
 	var done int64
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(4)
@@ -262,6 +302,8 @@ func (c *checker) stored(ctx context.Context) error {
 func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64, read bool) error {
 	size, ok := there[packName(name)]
 	switch {
+	case !ok && c.r.mirrorOf != "":
+		return c.badPack(ctx, name, info, notHere, nil)
 	case !ok:
 		return c.badPack(ctx, name, info, "missing", nil)
 	case size != info.size:
@@ -269,7 +311,11 @@ func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there 
 	case !read:
 		return nil
 	}
-	p, what, err := readTwice(ctx, c.r.store, packName(name), name)
+	s := getter(c.r.store)
+	if len(c.r.current().tiers) > 0 {
+		s = ownFirst{c.r.tiers}
+	}
+	p, what, err := readTwice(ctx, s, packName(name), name)
 	if err != nil {
 		return err
 	}

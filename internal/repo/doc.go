@@ -9,7 +9,8 @@
 // gathered in a packer in disk order, sealed into packs and stored. Map nodes
 // go the same way through a packer of their own. Flush writes the index
 // objects; Commit creates the next entry of the chain, and with that the
-// restore point.
+// restore point. With a rule on immutability, all that the point needs is locked
+// in the store and read back before (docs/format.md §6.3).
 //
 // A DiskReader looks ids up in the map, finds their places in the index, reads
 // neighbours in a pack with one request, opens and decodes.
@@ -18,6 +19,14 @@
 //
 // All methods of Repo are safe in parallel, and so are several runs of one or
 // more processes and machines on one store. The chain orders them.
+//
+// # Several stores
+//
+// Repo.store is a blob.Tiers: the own store, and the tiers that the chain tells
+// of, which hold packs too. Nothing above it knows where a pack lies but Move,
+// which brings packs to a tier or back, and prune, which brings the packs that
+// hold what is left of old ones to where these were. A tier has a mirror of
+// all but packs and leases, so that it opens as a repository by itself.
 //
 // # After a crash
 //
@@ -28,5 +37,5 @@
 // # Locks in this package
 //
 // refreshing (one reader of the chain's news) is taken before learning (one
-// reader of the keyrings), that before mu (the state). No I/O happens under mu. Run.mu and packer.mu are never held together.
+// reader of the keyrings), that before mu (the state). No I/O happens under mu. Run.mu and packer.mu are never held together; liveIndex.mu is taken last.
 package repo

@@ -90,5 +90,8 @@ func (r *Repo) Keep(ctx context.Context, ids []PointID, until Until) error {
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("keep: %w", err)
 	}
+	if err := r.lockKept(ctx, ids); err != nil {
+		return fmt.Errorf("keep: it is marked, but not all that it needs is locked: %w", err)
+	}
 	return nil
 }

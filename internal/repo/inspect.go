@@ -299,7 +299,7 @@ func (r *Repo) dissect(ctx context.Context, o *Object, p []byte, secrets bool) e
 }
 
 // purposes of the documents that a master key opens.
-var purposes = map[string]string{seal.Index: "index", seal.Entry: "chain", seal.Lease: "lease", seal.Beat: "lease", seal.Pin: "pin"}
+var purposes = map[string]string{seal.Index: "index", seal.Entry: "chain", seal.Lease: "lease", seal.Beat: "lease", seal.Pin: "pin", seal.Tier: "tier"}
 
 func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secrets bool) error {
 	var content []byte
@@ -343,7 +343,8 @@ func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secr
 
 func entryMeaning(k kind) string {
 	names := []string{kindAdd: "add", kindCommit: "commit", kindForget: "forget", kindKeep: "keep", kindRevoke: "revoke",
-		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust"}
+		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust",
+		kindLocks: "locks", kindTiers: "tiers"}
 	if int(k) >= len(names) {
 		return ""
 	}

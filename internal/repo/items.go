@@ -15,7 +15,7 @@ import (
 
 func packName(d [32]byte) string {
 	h := hex.EncodeToString(d[:])
-	return "packs/" + h[:2] + "/" + h
+	return packsPrefix + h[:2] + "/" + h
 }
 
 // openerCache keeps packs' openers, so that a pack's header is read once.
@@ -112,19 +112,20 @@ func (r *Repo) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 }
 
 // item reads one item and appends its content to dst, at most max bytes: from
-// any copy that opens. A copy is read twice before it is called bad. When a
-// prune has moved it since the chain was last read, the new copy is found.
+// any copy that opens. A copy is read twice before it is called bad. As often as
+// a prune has moved it since the chain was last read, the new copy is found.
 // The caller does not hold refreshing.
 func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
-	moved, n := r.current().moved, len(dst)
-	dst, err := r.itemKnown(ctx, dst, id, max)
-	if !errors.Is(err, ErrDamaged) {
-		return dst, err
+	for n := len(dst); ; {
+		moved := r.current().moved
+		var err error
+		if dst, err = r.itemKnown(ctx, dst[:n], id, max); !errors.Is(err, ErrDamaged) {
+			return dst, err
+		}
+		if r.refresh(ctx) != nil || r.current().moved == moved {
+			return dst, err
+		}
 	}
-	if r.refresh(ctx) != nil || r.current().moved == moved {
-		return dst, err
-	}
-	return r.itemKnown(ctx, dst[:n], id, max)
 }
 
 // itemKnown reads an item from where it was when the chain was last read.
@@ -141,6 +142,11 @@ func (r *Repo) itemKnown(ctx context.Context, dst []byte, id pack.ID, max int) (
 		for range 2 {
 			if dst, err = r.open(ctx, dst[:n], p, id, max); err == nil || !errors.Is(err, ErrDamaged) {
 				return dst, err
+			}
+		}
+		if len(r.current().tiers) > 0 {
+			if other, otherErr := r.openOther(ctx, dst[:n], p, id, max); otherErr == nil {
+				return other, nil
 			}
 		}
 	}
@@ -161,6 +167,24 @@ func (r *Repo) open(ctx context.Context, dst []byte, at index.Place, id pack.ID,
 		return dst, fmt.Errorf("%s: %w", packName(at.Pack), err)
 	}
 	return dst, nil
+}
+
+// openOther is open for the copy of the pack in a tier, when that in the own
+// store is damaged.
+func (r *Repo) openOther(ctx context.Context, dst []byte, at index.Place, id pack.ID, max int) ([]byte, error) {
+	head, err := r.tiers.GetOther(ctx, packName(at.Pack), 0, seal.HeaderLen)
+	if err != nil {
+		return dst, err
+	}
+	h, master, err := r.packHeader(ctx, head)
+	if err != nil {
+		return dst, err
+	}
+	p, err := r.tiers.GetOther(ctx, packName(at.Pack), int64(at.Offset), int64(at.Stored))
+	if err != nil {
+		return dst, err
+	}
+	return pack.NewOpener(head, h, master).Open(dst, p, int(at.Number), id, max)
 }
 
 // node fetches a map node through the cache.

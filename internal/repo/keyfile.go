@@ -178,9 +178,16 @@ func checkKeyObject(o keyObject, id [16]byte) error {
 	if !ok {
 		return errors.New("not a key")
 	}
+	if m == seal.Slot {
+		_, err := parseSlot(o.Data, o.Name, id)
+		return err
+	}
 	raw, err := seal.Parse(o.Data, m)
 	if err == nil && raw.Header.Repo != id {
 		err = seal.ErrForeign
+	}
+	if err == nil && m == seal.Slot {
+		err = fitsName(o.Name, o.Data, raw)
 	}
 	return err
 }

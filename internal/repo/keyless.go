@@ -47,7 +47,7 @@ func CheckKeyless(ctx context.Context, s blob.Store, cache string, o CheckOption
 }
 
 func (k *keyless) check(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{k.chain, k.keys, k.indexes, k.stored} {
+	for _, step := range []func(context.Context) error{k.chain, k.keys, k.indexes, k.stored, k.locks} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -63,7 +63,9 @@ type keyless struct {
 	id     [16]byte
 	pub    []byte
 	config [32]byte // its SHA-256
+	tiers  bool     // packs may be in other stores
 	live   map[[32]byte]bool
+	rule   lockState
 	packs  map[[32]byte]packInfo
 
 	mu     sync.Mutex // guards report while packs are read
@@ -96,55 +98,80 @@ func (k *keyless) chain(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	next, previous := uint64(1), k.config[:]
+	numbers, err := entryNumbers(ctx, k.store)
+	if err != nil {
+		return err
+	}
 	for _, name := range names {
 		n, err := strconv.ParseUint(strings.TrimPrefix(name, "chain/"), 10, 64)
-		if err != nil || entryName(n) != name {
+		if err != nil || n == 0 || entryName(n) != name {
 			k.problem(name, "not the name of an entry")
+		}
+	}
+	next, previous, start := uint64(1), k.config[:], uint64(0)
+	var gaps []gap // told when it is known where the chain begins
+	for e, err := range fetch(ctx, k.store, numbers) {
+		if err != nil {
+			return err
+		}
+		n, name := e.number, entryName(e.number)
+		if n > next {
+			previous = nil
+			gaps = append(gaps, absent(next, n-1))
+		}
+		if e.data == nil { // it was listed
+			gaps, next, previous = append(gaps, absent(n, n)), n+1, nil
 			continue
 		}
-		c, checkpoint, sum, err := k.entry(ctx, name)
+		c, kind, err := parseEntry(e.data, n, k.id, k.pub)
 		if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
-			k.problem(name, err.Error())
-			next, previous, k.report.Entries = k.missing(next, n), nil, n
+			gaps = append(gaps, gap{n, false, err.Error()})
+			next, previous, k.report.Entries = n+1, nil, n
 			continue
 		} else if err != nil {
 			return err
 		}
-		switch {
-		case c.Number != n:
-			k.problem(name, fmt.Sprintf("it is entry %d", c.Number))
-		case checkpoint && n != next:
-			previous = nil // what was before it may be gone
-		case n != next:
-			previous = nil
-			k.missing(next, n)
-		}
-		if n == next && previous != nil && !bytes.Equal(c.Previous, previous) {
+		if previous != nil && !bytes.Equal(c.Previous, previous) {
 			k.problem(name, "it does not follow its predecessor; an entry was exchanged or removed")
 		}
-		if checkpoint {
+		if kind == kindCheckpoint {
 			clear(k.live)
 		}
 		k.take(&c)
-		next, previous = n+1, sum[:]
+		sum := sha256.Sum256(e.data)
+		if kind == kindTiers || kind == kindCheckpoint {
+			k.tiers = c.Tiers > 0
+		}
+		next, previous, start = n+1, sum[:], max(start, c.Start)
 		k.report.Entries = n
+	}
+	for _, g := range gaps {
+		switch {
+		case g.last < start:
+		case g.missing:
+			k.problem(g.text, "missing")
+		default:
+			k.problem(entryName(g.last), g.text)
+		}
 	}
 	return nil
 }
 
-// missing reports the entries from next up to before n, and gives n + 1.
-func (k *keyless) missing(next, n uint64) uint64 {
-	switch {
-	case next+1 == n:
-		k.problem(entryName(next), "missing")
-	case next < n:
-		k.problem(entryName(next), fmt.Sprintf("missing, and all up to %s", entryName(n-1)))
+// absent names entries that are not there.
+func absent(first, last uint64) gap {
+	text := entryName(first)
+	if last > first {
+		text += " to " + entryName(last)
 	}
-	return n + 1
+	return gap{last, true, text}
 }
 
 func (k *keyless) take(c *entryClear) {
+	if c.Locks != nil {
+		if err := k.rule.take(c.Locks); err != nil {
+			k.problem(entryName(c.Number), err.Error())
+		}
+	}
 	for _, d := range c.Adds {
 		if len(d) == 32 {
 			k.live[[32]byte(d)] = true
@@ -157,21 +184,6 @@ func (k *keyless) take(c *entryClear) {
 	}
 }
 
-func (k *keyless) entry(ctx context.Context, name string) (c entryClear, checkpoint bool, sum [32]byte, err error) {
-	p, err := k.store.Get(ctx, name, 0, -1)
-	if err != nil {
-		return c, false, sum, err
-	}
-	raw, err := seal.Parse(p, seal.Entry)
-	if err == nil {
-		err = raw.Verify(k.id, k.pub)
-	}
-	if err != nil {
-		return c, false, sum, err
-	}
-	return c, kind(raw.Header.Kind) == kindCheckpoint, sha256.Sum256(p), seal.Unmarshal(raw.Clear, &c)
-}
-
 // keys looks at the form of key slots and keyrings. That they open cannot be
 // told from here.
 func (k *keyless) keys(ctx context.Context) error {
@@ -182,7 +194,12 @@ func (k *keyless) keys(ctx context.Context) error {
 		}
 		mine := 0
 		for _, name := range names {
-			_, err := getDocument(ctx, k.store, name, w.magic, k.id)
+			var err error
+			if w.magic == seal.Slot {
+				_, err = getSlot(ctx, k.store, name, k.id)
+			} else {
+				_, err = getDocument(ctx, k.store, name, w.magic, k.id)
+			}
 			switch {
 			case err == nil:
 				mine++
@@ -240,7 +257,11 @@ func (k *keyless) index(ctx context.Context, d [32]byte) (c indexClear, err erro
 
 // stored looks at the packs.
 func (k *keyless) stored(ctx context.Context) error {
-	seen := verifiedIn(k.cache)
+	tier, err := k.tier(ctx)
+	if err != nil {
+		return err
+	}
+	seen := verifiedIn(readingCache(k.cache, tier))
 	there := map[string]int64{}
 	for i, err := range k.store.List(ctx, "packs/") {
 		if err != nil {
@@ -260,12 +281,14 @@ func (k *keyless) stored(ctx context.Context) error {
 			}
 			k.mu.Lock()
 			defer k.mu.Unlock()
-			if what.second != "" {
+			if what.second == "missing" && k.tiers {
+				k.report.Elsewhere++
+			} else if what.second != "" {
 				k.problem(packName(name), what.second)
 			} else if what.first != "" {
 				k.report.Transient = append(k.report.Transient, Problem{Object: packName(name), What: what.first})
 			}
-			if read[name] {
+			if read[name] && what.second != "missing" {
 				seen.note(name)
 				k.report.ReadPacks++
 				k.report.ReadBytes += int64(p)
@@ -276,12 +299,31 @@ func (k *keyless) stored(ctx context.Context) error {
 			return nil
 		})
 	}
-	err := g.Wait()
+	err = g.Wait()
 	k.report.Unread = seen.unread(k.packs)
 	if !k.o.ReadData {
 		return err
 	}
 	return errors.Join(err, seen.save(k.packs))
+}
+
+// tier gives the name of the tier that the store says it is; "" for none.
+func (k *keyless) tier(ctx context.Context) (string, error) {
+	raw, err := getDocument(ctx, k.store, tierName, seal.Tier, k.id)
+	switch {
+	case err == nil:
+		name, err := markName(raw)
+		if errors.Is(err, ErrDamaged) {
+			k.problem(tierName, err.Error())
+			err = nil
+		}
+		return name, err
+	case errors.Is(err, ErrDamaged):
+		k.problem(tierName, err.Error())
+	case !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, seal.ErrForeign):
+		return "", err
+	}
+	return "", nil
 }
 
 // pack gives how many bytes were read, and what is wrong.

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -40,6 +41,7 @@ type unlocked struct {
 	slot       string // id of the slot that it came from; "" when it was given
 	generation int    // of the root key
 	number     int    // of the keyring
+	name       string // of the keyring
 	ring       *seal.Ring
 }
 
@@ -84,7 +86,7 @@ func (r *Repo) learn(ctx context.Context) error {
 	}
 	u := rings.open(old.root)
 	if (u == nil || rings.newest() > u.number) && len(r.secret) > 0 {
-		v, err := unlock(ctx, r.store, r.id, r.secret, nil, old.slot)
+		v, err := unlock(ctx, r.store, r.id, r.secret, nil, old.slot, r.current().removed)
 		switch {
 		case err == nil:
 			u = v
@@ -108,7 +110,8 @@ func (r *Repo) learn(ctx context.Context) error {
 // rings are the keyrings of a repository, the newest first.
 type rings struct {
 	list   []ringDoc
-	damage error // of those that cannot be read
+	damage error            // of those that cannot be read, the last
+	bad    map[string]error // all of them, by name
 }
 
 type ringDoc struct {
@@ -135,7 +138,7 @@ func readRings(ctx context.Context, s blob.Store, id [16]byte) (rings, error) {
 	if err != nil {
 		return rings{}, err
 	}
-	r := rings{damage: fmt.Errorf("keyring: %w: missing", ErrDamaged)}
+	r := rings{damage: fmt.Errorf("keyring: %w: missing", ErrDamaged), bad: map[string]error{}}
 	for _, name := range slices.Backward(names) {
 		raw, err := getDocument(ctx, s, name, seal.Keyring, id)
 		var n int
@@ -148,6 +151,7 @@ func readRings(ctx context.Context, s blob.Store, id [16]byte) (rings, error) {
 		case errors.Is(err, seal.ErrForeign), errors.Is(err, blob.ErrNotExist):
 		case errors.Is(err, ErrDamaged), errors.Is(err, ErrVersion):
 			r.damage = err
+			r.bad[name] = err
 		default:
 			return rings{}, err
 		}
@@ -179,7 +183,7 @@ func (r *rings) open(root *seal.Key) *unlocked {
 			r.damage = fmt.Errorf("%s: %w", d.name, err)
 			continue
 		}
-		return &unlocked{root: root, generation: clear.Root, number: d.number, ring: ring}
+		return &unlocked{root: root, generation: clear.Root, number: d.number, name: d.name, ring: ring}
 	}
 	return nil
 }
@@ -216,7 +220,7 @@ func readSlots(ctx context.Context, s blob.Store, id [16]byte) ([]slotDoc, error
 	var slots []slotDoc
 	for _, name := range names {
 		k := slotDoc{id: strings.TrimPrefix(name, "keys/")}
-		k.raw, k.err = getDocument(ctx, s, name, seal.Slot, id)
+		k.raw, k.err = getSlot(ctx, s, name, id)
 		if k.err == nil {
 			if err := seal.Unmarshal(k.raw.Clear, &k.kdf); err != nil {
 				k = slotDoc{id: k.id, err: fmt.Errorf("%s: %w", name, err)}
@@ -273,7 +277,8 @@ func (k *slotDoc) open(c *credential) (*seal.Key, error) {
 // unlock finds the root key, which may be given, or else is in the slot that the
 // passphrase opens, and with it the newest keyring. The slot first is tried before
 // the others: each costs time.
-func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte, first string) (*unlocked, error) {
+// Slots in removed open nothing, though a lock may keep them.
+func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []byte, first string, removed map[string]bool) (*unlocked, error) {
 	for try := 1; ; try++ {
 		rings, err := readRings(ctx, s, id)
 		if err != nil {
@@ -284,7 +289,7 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []by
 				return u, nil
 			}
 		}
-		u, unlockErr := unlockSlot(ctx, s, id, newCredential(passphrase), &rings, first)
+		u, unlockErr := unlockSlot(ctx, s, id, newCredential(passphrase), &rings, first, removed)
 		if unlockErr == nil || try == 3 {
 			return u, unlockErr
 		}
@@ -301,11 +306,12 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, passphrase, key []by
 
 // unlockSlot tries the slots. One whose root key opens no keyring is left from
 // a change of keys that was cut off.
-func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, rings *rings, first string) (*unlocked, error) {
+func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, rings *rings, first string, removed map[string]bool) (*unlocked, error) {
 	slots, err := readSlots(ctx, s, id)
 	if err != nil {
 		return nil, err
 	}
+	slots = slices.DeleteFunc(slots, func(k slotDoc) bool { return removed[k.id] })
 	cost := func(k slotDoc) int {
 		switch {
 		case k.id == first:
@@ -370,12 +376,53 @@ func putSlot(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, s
 	rand.Read(kdf.Salt)
 	kdf.Created = time.Now().UTC()
 	kdf.RootID = root.RootID()
-	id := RandomID()[:16]
 	kek, err := kdf.Key(secret)
 	if err != nil {
-		return id, err
+		return "", err
 	}
-	return id, putSealed(ctx, s, slotName(id), seal.NewHeader(seal.Slot, 0, 0, repo), kdf, root[:], &kek, "slot")
+	p, err := sealed(seal.NewHeader(seal.Slot, slotByDigest, 0, repo), kdf, root[:], &kek, "slot")
+	if err != nil {
+		return "", err
+	}
+	id := slotDigest(p)
+	return id, s.Put(ctx, slotName(id), p)
+}
+
+// slotByDigest is the kind of slots that are named by their bytes, so that
+// damage shows to those as well who have not the passphrase.
+const slotByDigest = 1
+
+func slotDigest(p []byte) string {
+	sum := sha256.Sum256(p)
+	return hex.EncodeToString(sum[:8])
+}
+
+// getSlot reads a slot and proves what can be proved without its passphrase.
+func getSlot(ctx context.Context, s blob.Store, name string, id [16]byte) (*seal.Raw, error) {
+	p, err := s.Get(ctx, name, 0, -1)
+	if err != nil {
+		return nil, err
+	}
+	return parseSlot(p, name, id)
+}
+
+func parseSlot(p []byte, name string, id [16]byte) (*seal.Raw, error) {
+	raw, err := seal.Parse(p, seal.Slot)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w", name, err)
+	case raw.Header.Repo != id:
+		return nil, fmt.Errorf("%s: %w", name, seal.ErrForeign)
+	}
+	return raw, fitsName(name, p, raw)
+}
+
+// fitsName wants a slot's bytes to be those that its name says.
+func fitsName(name string, p []byte, raw *seal.Raw) error {
+	if raw.Header.Kind == slotByDigest && name != slotName(slotDigest(p)) {
+		return fmt.Errorf("%s: %w: its bytes are not what its name says", name, ErrDamaged)
+	}
+	return nil
 }
 
 // takeKeys notes what an entry says of the keys.
@@ -405,6 +452,22 @@ func (c *checker) keys(ctx context.Context) error {
 	} else if rings.damage != nil && len(rings.list) == 0 {
 		c.problem(Problem{Object: "keyring", What: rings.damage.Error()})
 	}
+	for name, err := range rings.bad {
+		if name != ringName(c.r.id, c.r.current().keyring) {
+			c.problem(Problem{Object: name, What: err.Error()})
+		}
+	}
+	u := c.r.ring.now.Load()
+	for _, d := range rings.list { // the older ones, too: whoever puts back a lost keyring goes on from them
+		var clear ringClear
+		err := seal.Unmarshal(d.raw.Clear, &clear)
+		if err == nil && clear.Root == u.generation {
+			_, err = d.raw.Open(u.root, "keyring")
+		}
+		if err != nil {
+			c.problem(Problem{Object: d.name, What: err.Error() + "; put it back with \"holdfast key import\", or from a copy of the repository"})
+		}
+	}
 	slots, err := readSlots(ctx, c.r.store, c.r.id)
 	if err != nil {
 		return err
@@ -414,5 +477,37 @@ func (c *checker) keys(ctx context.Context) error {
 			c.problem(Problem{Object: slotName(k.id), What: k.err.Error() + "; remove it with \"holdfast key remove\", and add its passphrase again"})
 		}
 	}
+	return nil
+}
+
+// stillOpens looks, when the chain is known, whether what opened the repository
+// is over: a lock may keep slots that were removed, and slots and keyrings of a
+// root key that was replaced.
+func (r *Repo) stillOpens(ctx context.Context) error {
+	s := r.current()
+	if u := r.ring.now.Load(); s.removed[u.slot] {
+		docs, err := readSlots(ctx, r.store, r.id)
+		if err != nil {
+			return err
+		}
+		if r.remaining(docs, u, "") > 0 { // with nothing else left it is better than none
+			again, err := unlock(ctx, r.store, r.id, r.secret, nil, "", s.removed)
+			if err != nil {
+				return fmt.Errorf("key %s was removed: %w", u.slot, err)
+			}
+			r.ring.now.Store(again) // another slot for the same passphrase
+		}
+	}
+	u := r.ring.now.Load()
+	if s.keyring > u.number {
+		raw, err := getDocument(ctx, r.store, ringName(r.id, s.keyring), seal.Keyring, r.id)
+		switch {
+		case err == nil && clearRoot(raw) > u.generation:
+			return ErrKeys
+		case err != nil && !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion):
+			return err
+		}
+	}
+	r.useSlot(u.slot)
 	return nil
 }

@@ -22,6 +22,9 @@ type Lease struct {
 	// Chain is the newest entry that it knew when it began: what was in
 	// quarantine then it does not use. 0 when the lease cannot be read.
 	Chain uint64 `json:"chain"`
+	// Tier is the tier whose packs it moves; "" for none, "?" when the lease
+	// cannot be read.
+	Tier string `json:"tier,omitempty"`
 
 	beat string // the newest beat's name; "" before the first
 }
@@ -45,6 +48,8 @@ func (r *Repo) leases(ctx context.Context, s *state) (map[string]Lease, error) {
 				continue // it has ended since
 			} else if err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion) && !errors.Is(err, seal.ErrForeign) {
 				return nil, err
+			} else if err != nil {
+				l.Tier = "?"
 			}
 			open[session] = l
 		} else if l, ok := open[session]; ok {

@@ -3,12 +3,14 @@ package repo
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -28,9 +30,10 @@ func refuse(format string, args ...any) error {
 }
 
 // marker finds what living and pinned points need. It keeps one bit for each
-// item of the inventory, about 200 bytes for each pack, and no ids: an item is
-// known by its place, and a node whose bit is set has been walked. So ten
-// million chunks in twenty thousand packs take 5 MB.
+// item of the inventory, about 200 bytes for each pack, and the ids of map nodes
+// that it has walked, but none of chunks: they are known by their places. Ten
+// million chunks in twenty thousand packs take 10 MB, and the batches in which
+// they are looked up 70 MB.
 type marker struct {
 	r     *Repo
 	own   string // the pruner's lease; "" in a dry run
@@ -42,16 +45,40 @@ type marker struct {
 	before map[string]Lease // open, listed before state was read; without the own
 	after  map[string]Lease // listed after that
 	packs  map[[32]byte]*packMark
-	read   map[[32]byte]bool // index objects in packs
-	points map[PointID]bool  // walked
-	pinned int               // forgotten points that are pinned
+	read   map[[32]byte]bool  // index objects in packs
+	points map[PointID]bool   // walked
+	pins   map[PointID]string // named by pins, and by whose
+	pinned int                // forgotten points that are pinned
 	notes  map[string]bool
 
-	mu     sync.Mutex // guards the bits of packs while walking, and what follows
-	nodes  int64
-	chunks int64
+	resolving chan struct{} // places for batches of chunks being looked up
+
+	mu     sync.Mutex        // guards the bits of packs while walking, and what follows
+	chunks []neededChunk     // of walked nodes, not looked up yet
+	spare  []neededChunk     // to be used for the next ones
+	nodes  map[tree.ID]bool  // walked, or being walked
+	walked []PointID         // points whose maps were walked
 	lost   map[PointID]int64 // chunks of which there is no copy
 }
+
+// neededChunk is a chunk that a point needs. Chunks are looked up many at
+// once, in the index's order.
+type neededChunk struct {
+	id    pack.ID
+	point int32 // index in marker.walked
+}
+
+const (
+	// chunkBatch is how many chunks are looked up at once: 24 MB. With those of
+	// a leaf more, they are numbered by chunkBits.
+	chunkBatch = 1 << 19
+	chunkBits  = 20
+	// resolvers is how many batches are looked up at once.
+	resolvers = 2
+	// releaseAfter is after how many nodes, each looked up at a random place of
+	// the index, its memory is given back: up to 2 MB each time.
+	releaseAfter = 8
+)
 
 // packMark is a pack of the inventory.
 type packMark struct {
@@ -116,16 +143,21 @@ func (m *marker) catchUp(ctx context.Context) error {
 // when that is gone because another prune has replaced it since.
 func (m *marker) readIndex(ctx context.Context, s *state, d [32]byte) ([]index.Pack, error) {
 	packs, err := m.r.readIndex(ctx, d)
+	return packs, m.gone(ctx, s, err)
+}
+
+// gone is what it means that an index object which is live in s could not be read.
+func (m *marker) gone(ctx context.Context, s *state, err error) error {
 	if !errors.Is(err, ErrDamaged) {
-		return packs, err
+		return err
 	}
 	if err := m.r.refresh(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	if m.r.current().head != s.head {
-		return nil, errMoved
+		return errMoved
 	}
-	return nil, refuse("%w; run check, or back up: both make the index anew from the packs", err)
+	return refuse("%w; run check, or back up: both make the index anew from the packs", err)
 }
 
 // tryCatchUp fails with errMoved when it must begin anew.
@@ -148,7 +180,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if m.state == nil || m.state.moved != s.moved {
 		m.packs, m.read, m.points = map[[32]byte]*packMark{}, map[[32]byte]bool{}, map[PointID]bool{}
 		m.lost, m.notes = map[PointID]int64{}, map[string]bool{}
-		m.nodes, m.chunks = 0, 0
+		m.chunks, m.walked, m.nodes = nil, nil, map[tree.ID]bool{}
 	}
 	if err := m.inventory(ctx, s); err != nil {
 		return err
@@ -167,7 +199,21 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 			}
 		}
 	}
-	return m.pins(ctx, s)
+	if err := m.readPins(ctx, s); err != nil {
+		return err
+	}
+	chunks := m.chunks
+	m.chunks = nil
+	if err := m.markChunks(chunks); err != nil {
+		return err
+	}
+	for id, session := range m.pins { // what lacks chunks only because it is gone
+		if _, live := s.points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, pinName(session, id)) {
+			delete(m.lost, id)
+			m.pinned--
+		}
+	}
+	return nil
 }
 
 // open lists open leases but the own, which must be listed: else the listing
@@ -210,12 +256,14 @@ func (m *marker) adopt(ctx context.Context) error {
 // inventory reads the index objects that are new, forgets those that are no
 // more, and compares the packs that they list with the store's listing.
 func (m *marker) inventory(ctx context.Context, s *state) error {
+	var unread [][32]byte
 	for d := range s.indexes {
-		if m.read[d] {
-			continue
+		if !m.read[d] {
+			unread = append(unread, d)
 		}
-		packs, err := m.readIndex(ctx, s, d)
-		if err != nil {
+	}
+	err := m.r.readMany(ctx, unread, func(d [32]byte, packs []index.Pack, err error) error {
+		if err := m.gone(ctx, s, err); err != nil {
 			return err
 		}
 		for _, k := range packs {
@@ -224,6 +272,10 @@ func (m *marker) inventory(ctx context.Context, s *state) error {
 			}
 		}
 		m.read[d] = true
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	// Only now, so that a pack which another index object lists keeps its marks.
 	dropped := map[[32]byte]bool{}
@@ -290,6 +342,9 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 			err = m.disk(ctx, p.ID, root)
 		}
 		if errors.Is(err, ErrDamaged) || errors.Is(err, tree.ErrNode) {
+			if m.r.refresh(ctx) == nil && m.r.current().moved != m.state.moved {
+				return errMoved // what was looked for may be elsewhere by now
+			}
 			return refuse("the map of %s of point %s (%s of %s) cannot be read, so what it needs is not known: %w; "+
 				"back %s up again and try once more, or forget the point", d.what, p.ID, p.VM, p.Time.Format("2006-01-02 15:04"), err, p.VM)
 		} else if err != nil {
@@ -304,45 +359,37 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 const walkers = 16
 
 func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
+	m.mu.Lock()
+	point := int32(len(m.walked))
+	m.walked = append(m.walked, p)
+	m.mu.Unlock()
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(walkers)
 	var walk func(id tree.ID, level int) error
 	walk = func(id tree.ID, level int) error {
-		first, err := m.mark(id)
-		if err != nil {
-			return err
-		}
-		if !first {
+		m.mu.Lock()
+		known := m.nodes[id]
+		m.nodes[id] = true
+		m.mu.Unlock()
+		if known {
 			return nil
+		}
+		if err := m.mark(id); err != nil {
+			return err
 		}
 		n, err := m.r.node(gctx, id, level)
 		if err != nil {
 			return err
 		}
-		m.mu.Lock()
-		m.nodes++
-		m.mu.Unlock()
+		if level == 0 {
+			return m.need(n, point)
+		}
 		for _, c := range n.Children {
-			switch {
-			case c == (tree.ID{}):
-			case level > 0:
-				if !g.TryGo(func() error { return walk(c, level-1) }) {
-					if err := walk(c, level-1); err != nil {
-						return err
-					}
-				}
-			default:
-				first, err := m.mark(c)
-				m.mu.Lock()
-				if first {
-					m.chunks++
-				}
-				if errors.Is(err, errLost) {
-					m.lost[p]++
-					err = nil
-				}
-				m.mu.Unlock()
-				if err != nil {
+			if c == (tree.ID{}) {
+				continue
+			}
+			if !g.TryGo(func() error { return walk(c, level-1) }) {
+				if err := walk(c, level-1); err != nil {
 					return err
 				}
 			}
@@ -355,15 +402,99 @@ func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
 	return g.Wait()
 }
 
+// need notes the chunks of a leaf, and marks those noted when they have become
+// many.
+func (m *marker) need(n *tree.Node, point int32) error {
+	var full []neededChunk
+	m.mu.Lock()
+	if m.chunks == nil {
+		m.chunks, m.spare = m.spare, nil
+	}
+	if m.chunks == nil {
+		m.chunks = make([]neededChunk, 0, chunkBatch+tree.Fanout)
+	}
+	for _, c := range n.Children {
+		if c != (tree.ID{}) {
+			m.chunks = append(m.chunks, neededChunk{c, point})
+		}
+	}
+	if len(m.chunks) >= chunkBatch {
+		full, m.chunks = m.chunks, nil
+	}
+	many := len(m.nodes)%releaseAfter == 0
+	m.mu.Unlock()
+	if many {
+		m.r.index.Release()
+	}
+	if full == nil {
+		return nil
+	}
+	err := m.markChunks(full)
+	m.mu.Lock()
+	m.spare = full[:0]
+	m.mu.Unlock()
+	return err
+}
+
+// sortChunks gives the order of the chunks' ids: keys of which the lowest
+// chunkBits are indexes. Moving keys is less work than moving chunks.
+func sortChunks(chunks []neededChunk) []uint64 {
+	const low = 1<<chunkBits - 1
+	keys := make([]uint64, len(chunks))
+	for i := range chunks {
+		keys[i] = binary.BigEndian.Uint64(chunks[i].id[:])&^low | uint64(i)
+	}
+	slices.Sort(keys)
+	for i := range keys { // the few that begin alike
+		for j := i; j > 0 && keys[j]&^low == keys[j-1]&^low && bytes.Compare(chunks[keys[j]&low].id[:], chunks[keys[j-1]&low].id[:]) < 0; j-- {
+			keys[j], keys[j-1] = keys[j-1], keys[j]
+		}
+	}
+	return keys
+}
+
+// markChunks marks chunks in the index's order.
+func (m *marker) markChunks(chunks []neededChunk) error {
+	if len(chunks) == 0 {
+		return nil
+	}
+	m.resolving <- struct{}{} // keeps those who make more waiting
+	defer func() { <-m.resolving }()
+	order := sortChunks(chunks)
+	i := 0
+	ids := func(yield func(pack.ID) bool) {
+		for _, key := range order {
+			i = int(key & (1<<chunkBits - 1))
+			if !yield(chunks[i].id) {
+				return
+			}
+		}
+	}
+	return m.r.index.LookupAll(ids, func(places []index.Place) error {
+		err := m.markPlace(chunks[i].id, places)
+		if errors.Is(err, errLost) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.lost[m.walked[chunks[i].point]]++
+			return nil
+		}
+		return err
+	})
+}
+
 var errLost = fmt.Errorf("%w: in no pack", ErrDamaged)
 
-// mark sets the bit of the copy of an item that is to stay, and tells whether
-// it was not set before.
-func (m *marker) mark(id pack.ID) (first bool, err error) {
+// mark sets the bit of the copy of an item that is to stay.
+func (m *marker) mark(id pack.ID) error {
 	places, err := m.r.index.Lookup(id, nil)
 	if err != nil {
-		return false, err
+		return err
 	}
+	return m.markPlace(id, places)
+}
+
+// markPlace is mark for an item of which it is known where it lies.
+func (m *marker) markPlace(id pack.ID, places []index.Place) error {
 	best, bestRank := -1, 0
 	for i, p := range places {
 		if rank := m.rank(&p, id); rank > bestRank || rank == bestRank && rank > 0 && m.newer(&p, &places[best]) {
@@ -371,7 +502,7 @@ func (m *marker) mark(id pack.ID) (first bool, err error) {
 		}
 	}
 	if best < 0 {
-		return false, errLost
+		return errLost
 	}
 	p := places[best]
 	m.mu.Lock()
@@ -380,12 +511,11 @@ func (m *marker) mark(id pack.ID) (first bool, err error) {
 	if bestRank == rankBad {
 		k.stuck = true
 	}
-	if bit(k.live, int(p.Number)) {
-		return false, nil
+	if !bit(k.live, int(p.Number)) {
+		setBit(&k.live, int(p.Number), k.items)
+		k.liveBytes += int64(p.Stored)
 	}
-	setBit(&k.live, int(p.Number), k.items)
-	k.liveBytes += int64(p.Stored)
-	return true, nil
+	return nil
 }
 
 const (
@@ -418,26 +548,26 @@ func (m *marker) newer(a, b *index.Place) bool {
 	return bytes.Compare(a.Pack[:], b.Pack[:]) > 0
 }
 
-// pins walks the points that are forgotten and pinned. It lists the pins after
+// readPins walks the points that are forgotten and pinned. It lists the pins after
 // the chain was read: who pins a point looks for it in the chain after.
-func (m *marker) pins(ctx context.Context, s *state) error {
+func (m *marker) readPins(ctx context.Context, s *state) error {
 	names, err := listNames(ctx, m.r.store, "pins/")
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
 	}
-	pinned := map[PointID]bool{}
+	pinned := map[PointID]string{} // and by whom
 	for _, name := range names {
 		id, err := m.r.readPin(ctx, name)
+		session, _, _ := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
 		if errors.Is(err, blob.ErrNotExist) {
 			continue
 		} else if err != nil {
-			session, _, _ := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
 			return refuse("%w; when its session is gone for certain: holdfast unpin %s --force", err, session)
 		}
-		pinned[id] = true
+		pinned[id] = session
 	}
-	m.pinned = 0
-	for id := range pinned {
+	m.pins, m.pinned = pinned, 0
+	for id, session := range pinned {
 		if _, live := s.points[id]; live {
 			continue
 		}
@@ -446,12 +576,36 @@ func (m *marker) pins(ctx context.Context, s *state) error {
 			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
 			continue
 		}
-		m.pinned++
-		if err := m.point(ctx, &p); err != nil {
-			return fmt.Errorf("the point is forgotten, but pinned: %w", err)
+		if p == nil {
+			m.notes[fmt.Sprintf("a pin names point %s, which was forgotten before: its session has not got it", id)] = true
+			continue
 		}
+		err := m.point(ctx, p)
+		if errors.Is(err, ErrRefused) && m.withdrawn(ctx, pinName(session, id)) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("the point is forgotten, but pinned: %w; when its session is gone for certain: holdfast unpin %s --force", err, session)
+		}
+		m.pinned++
 	}
 	return nil
+}
+
+// withdrawn waits a little for a pin to go. Who pins a point that is gone finds
+// that out at once, and takes the pin away.
+func (m *marker) withdrawn(ctx context.Context, name string) bool {
+	for range 10 {
+		if _, err := m.r.store.Get(ctx, name, 0, 0); errors.Is(err, blob.ErrNotExist) {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(time.Second):
+		}
+	}
+	return false
 }
 
 // readPin gives the point that a pin names, inside as well as in its name.

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
@@ -19,29 +21,20 @@ func (r *Repo) Damage() []string {
 	s := r.current()
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	return slices.Concat(s.gaps, r.lostIndexes)
+	var damage []string
+	for _, g := range s.gaps {
+		damage = append(damage, g.text)
+	}
+	return append(damage, r.lostIndexes...)
 }
 
-// readIndexes takes in the index objects that the cache does not have. One that
+// readIndexes takes the index objects that the cache x does not have into it. One that
 // is lost is made up for from the packs themselves, in the cache alone; the
 // next run stores the result in its place.
-func (r *Repo) readIndexes(ctx context.Context, s *state) error {
-	var lost []string
-	drop := map[[32]byte]bool{}
-	for d := range s.indexes {
-		if r.index.Has(d) {
-			continue
-		}
-		packs, err := r.readIndex(ctx, d)
-		if errors.Is(err, ErrDamaged) {
-			lost, drop[d] = append(lost, err.Error()), true
-			continue
-		} else if err != nil {
-			return err
-		}
-		if err := r.index.Add(d, packs); err != nil {
-			return err
-		}
+func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error {
+	lost, drop, err := r.fillIndex(ctx, s, x)
+	if err != nil {
+		return err
 	}
 	if len(lost) == 0 && len(s.gaps) == 0 {
 		return nil
@@ -55,7 +48,7 @@ func (r *Repo) readIndexes(ctx context.Context, s *state) error {
 	if _, err := r.store.Get(ctx, entryName(s.head+1), 0, -1); err == nil {
 		return errMoved
 	}
-	if _, err := r.makeUp(ctx, s, drop); err != nil {
+	if _, err := r.makeUp(ctx, s, drop, x); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -64,14 +57,88 @@ func (r *Repo) readIndexes(ctx context.Context, s *state) error {
 	return nil
 }
 
+const (
+	// indexReaders is how many index objects are read at once, indexBytes how
+	// many of their bytes: in memory each takes some five times its size.
+	indexReaders = 32
+	indexBytes   = 20 << 20
+)
+
+// fillIndex takes the index objects that x does not have into it, all in one
+// step, and tells which are lost, and why.
+func (r *Repo) fillIndex(ctx context.Context, s *state, x *index.Index) (why []string, lost map[[32]byte]bool, err error) {
+	lost = map[[32]byte]bool{}
+	var missing [][32]byte
+	for d := range s.indexes {
+		if !x.Has(d) {
+			missing = append(missing, d)
+		}
+	}
+	if len(missing) == 0 {
+		return nil, lost, nil
+	}
+	b := x.NewBatch()
+	err = r.readMany(ctx, missing, func(d [32]byte, packs []index.Pack, err error) error {
+		if errors.Is(err, ErrDamaged) {
+			why, lost[d] = append(why, err.Error()), true
+			return nil
+		} else if err != nil {
+			return err
+		}
+		return b.Add(d, packs)
+	})
+	if err == nil {
+		err = b.Finish()
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, b.Abort())
+	}
+	return why, lost, nil
+}
+
+// readMany reads index objects, many at once and in no order, and calls f for
+// one after the other.
+func (r *Repo) readMany(ctx context.Context, list [][32]byte, f func(d [32]byte, packs []index.Pack, err error) error) error {
+	sizes := map[string]int64{}
+	if len(list) > 2 {
+		for i, err := range r.store.List(ctx, "index/") {
+			if err != nil {
+				return err
+			}
+			sizes[i.Name] = i.Size
+		}
+	}
+	turn := make(chan struct{}, 1) // to call f
+	room := semaphore.NewWeighted(indexBytes)
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(indexReaders)
+	for _, d := range list {
+		n := min(indexBytes, max(1, sizes[indexName(d)]))
+		if room.Acquire(gctx, n) != nil {
+			break // said below
+		}
+		g.Go(func() error {
+			defer room.Release(n)
+			packs, err := r.readIndex(gctx, d)
+			turn <- struct{}{}
+			defer func() { <-turn }()
+			return f(d, packs, err)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
+
 // makeUp takes into the cache what the packs that no sound index object lists
 // hold, and keeps it for mend.
-func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool) ([]index.Pack, error) {
+func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool, x *index.Index) ([]index.Pack, error) {
 	found, err := r.scan(ctx, s, lost)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.index.Add([32]byte{}, found); err != nil {
+	if err := x.Add([32]byte{}, found); err != nil {
 		return nil, err
 	}
 	r.mu.Lock()

@@ -136,16 +136,17 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}
-	r := &Repo{store: s, id: id, pub: ed25519.PublicKey(c.VerifyKey), secret: bytes.Clone(passphrase), slotKDF: seal.DefaultKDF()}
+	tiers := blob.NewTiers(s, packsPrefix, tierName)
+	r := &Repo{store: tiers, tiers: tiers, openTier: o.OpenTier, id: id, pub: ed25519.PublicKey(c.VerifyKey), secret: bytes.Clone(passphrase), slotKDF: seal.DefaultKDF()}
 	if o.Compression == Small {
 		r.compressor = codec.Small
 	}
 	r.cache = filepath.Join(o.Cache, r.ID())
-	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot())
+	r.locks, r.now = locksIn(r.cache), time.Now
+	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot(), nil)
 	if err != nil {
 		return nil, err
 	}
-	r.useSlot(u.slot)
 	r.ring.now.Store(u)
 	r.sign = ed25519.NewKeyFromSeed(u.ring.Sign)
 	if !r.pub.Equal(r.sign.Public()) {
@@ -154,9 +155,14 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.deriveIDs()
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
-	r.state = newState(sha256.Sum256(p))
-	r.state.time = c.Created
-	if err := r.load(ctx); err != nil {
+	r.config, r.created = sha256.Sum256(p), c.Created
+	r.state = r.genesis()
+	if err := r.load(ctx); errors.Is(err, ErrRolledBack) {
+		return nil, r.behind(ctx, err)
+	} else if err != nil {
+		return nil, err
+	}
+	if err := r.settle(ctx); err != nil {
 		return nil, err
 	}
 	if r.state.keyring > u.number {
@@ -164,13 +170,21 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 			return nil, err
 		}
 	}
-	if r.index, err = index.Open(filepath.Join(r.cache, "index"), r.live); err != nil {
+	if err := r.stillOpens(ctx); err != nil {
+		return nil, err
+	}
+	if r.index, err = r.openIndex(r.state); err != nil {
 		return nil, err
 	}
 	if err := r.refresh(ctx); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
+}
+
+// openIndex opens the cache as far as it fits s.
+func (r *Repo) openIndex(s *state) (*index.Index, error) {
+	return index.Open(filepath.Join(r.cache, "index"), func(d [32]byte) bool { return s.indexes[d] })
 }
 
 func parseConfig(p []byte) (c config, id [16]byte, err error) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/index"
@@ -77,16 +78,24 @@ var arenas = sync.Pool{New: func() any { p := make([]byte, 0, chunkPackBytes+256
 
 // storePack seals and stores a pack in the background.
 func (run *Run) storePack(ctx context.Context, kind uint16, items []packItem, arena []byte) error {
+	slot, more := run.slots, run.moreSlots
+	if !run.quick.Load() {
+		more = nil
+	}
 	select {
-	case run.slots <- struct{}{}:
+	case slot <- struct{}{}:
+	case more <- struct{}{}:
+		slot = more
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-run.ctx.Done():
 		return context.Cause(run.ctx)
 	}
 	run.storing.Go(func() {
+		began := time.Now()
 		p, err := run.r.putPack(run.ctx, kind, items, arena)
-		<-run.slots
+		run.quick.Store(time.Since(began) < quickPack)
+		<-slot
 		if err == nil {
 			err = run.prove(p)
 		}
@@ -116,7 +125,7 @@ func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena
 	number, master := r.ring.Newest()
 	buf := arenas.Get().(*[]byte)
 	p, entries := pack.Build(*buf, seal.NewHeader(seal.Pack, kind, number, r.id), master, plain)
-	k := index.Pack{Name: sha256.Sum256(p), Size: int64(len(p)), Kind: kind, Items: make([]index.Item, len(entries))}
+	k := index.Pack{Name: sha256.Sum256(p), Size: int64(len(p)), Kind: kind, Made: time.Now().Unix(), Items: make([]index.Item, len(entries))}
 	for i, e := range entries {
 		k.Items[i] = index.Item{ID: e.ID, Stored: e.Stored}
 	}

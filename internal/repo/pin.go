@@ -17,15 +17,22 @@ import (
 // beside it cannot have missed the pin. Pinning twice is no error.
 // session is at most 64 lower-case hex digits.
 func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
-	name := fmt.Sprintf("pins/%s.%s", session, id)
-	host, _ := os.Hostname()
-	p, err := json.Marshal(map[string]any{"session": session, "point": id, "host": host})
-	if err != nil {
+	// Before as well: a pin of a point whose data is gone stops every prune for
+	// as long as it is there.
+	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	number, master := r.ring.Newest()
-	err = putSealed(ctx, r.store, name, seal.NewHeader(seal.Pin, 0, number, r.id), struct{}{}, p, master, "pin")
-	if errors.Is(err, blob.ErrExist) {
+	name := pinName(session, id)
+	_, there := r.current().points[id]
+	if !there {
+		if _, err := r.store.Get(ctx, name, 0, 0); err == nil {
+			return nil // pinned before; since the point was forgotten after that, its data is kept
+		} else if !errors.Is(err, blob.ErrNotExist) {
+			return err
+		}
+		return fmt.Errorf("pin %s: %w", id, ErrNotExist)
+	}
+	if err := r.putPin(ctx, session, id); errors.Is(err, blob.ErrExist) {
 		return nil // and if the point was forgotten since, its data is kept
 	} else if err != nil {
 		return fmt.Errorf("pin %s: %w", id, err)
@@ -37,6 +44,18 @@ func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
 		return errors.Join(fmt.Errorf("pin %s: %w", id, ErrNotExist), r.store.Delete(ctx, name))
 	}
 	return nil
+}
+
+func pinName(session string, id PointID) string { return fmt.Sprintf("pins/%s.%s", session, id) }
+
+func (r *Repo) putPin(ctx context.Context, session string, id PointID) error {
+	host, _ := os.Hostname()
+	p, err := json.Marshal(map[string]any{"session": session, "point": id, "host": host})
+	if err != nil {
+		return err
+	}
+	number, master := r.ring.Newest()
+	return putSealed(ctx, r.store, pinName(session, id), seal.NewHeader(seal.Pin, 0, number, r.id), struct{}{}, p, master, "pin")
 }
 
 // Unpin removes a session's pins. None is no error.

@@ -37,8 +37,10 @@ type PruneOptions struct {
 	// negative does not watch at all.
 	Watch time.Duration
 	// Report is told what is being done and how far it is. done and total are
-	// bytes for "copy", else counts.
+	// bytes for "copy", else counts; "entries" are of the chain, being deleted.
 	Report func(step string, done, total int64)
+
+	checkpointEvery uint64 // for tests; 0 is checkpointEvery
 }
 
 // PruneReport is what Prune did or, in a dry run, would do. Bytes are stored bytes.
@@ -68,6 +70,17 @@ type PruneReport struct {
 	WaitingBytes int64    `json:"waiting_bytes"`
 	WaitsFor     []Lease  `json:"waits_for"`
 	Revoked      []string `json:"revoked"` // leases found dead
+
+	// Checkpoint is the number of the entry with the whole state, if one was
+	// written, RemovedEntries how many need not be read any more and were
+	// deleted.
+	Checkpoint     uint64 `json:"checkpoint,omitempty"`
+	RemovedEntries int    `json:"removed_entries,omitempty"`
+	// Locked are packs that would go or be rewritten, and whose lock holds. They
+	// stay as they are; a prune after LockedUntil frees the last of them.
+	Locked      int        `json:"locked_packs"`
+	LockedBytes int64      `json:"locked_bytes"`
+	LockedUntil *time.Time `json:"locked_until,omitempty"`
 
 	// Lost are points of which chunks have no copy: prune cannot help them,
 	// and did not harm them.
@@ -118,6 +131,8 @@ type pruner struct {
 	m   *marker
 	// indexes are the index objects listed at the start.
 	indexes []string
+	locked  map[[32]byte]time.Time // packs that are in the way of a lock, and its end
+	strays  bool                   // there are packs in no index, of runs that are open
 	report  PruneReport
 }
 
@@ -126,11 +141,14 @@ func (p *pruner) start(ctx context.Context) error {
 	if err := p.r.refresh(ctx); err != nil {
 		return err
 	}
-	p.m = &marker{r: p.r, old: p.r.current(), there: map[[32]byte]int64{}}
+	p.m = &marker{r: p.r, old: p.r.current(), there: map[[32]byte]int64{}, resolving: make(chan struct{}, resolvers)}
 	if p.run != nil {
 		p.m.own = p.run.lease
 	}
 	p.o.Report("list", 0, 0)
+	if err := p.reachable(ctx); err != nil {
+		return err
+	}
 	for i, err := range p.r.store.List(ctx, "packs/") {
 		if err != nil {
 			return fmt.Errorf("list packs: %w", err)
@@ -172,6 +190,7 @@ func (p *pruner) finish() {
 		return
 	}
 	p.report.Points, p.report.Pinned = len(p.m.state.points), p.m.pinned
+	p.countLocked()
 	if len(p.m.lost) > 0 {
 		p.report.Lost = p.m.missing()
 	}
@@ -182,6 +201,9 @@ func (p *pruner) finish() {
 // some; then it rewrites.
 func (p *pruner) prune(ctx context.Context) error {
 	if err := p.start(ctx); err != nil {
+		return err
+	}
+	if err := p.extend(ctx); err != nil {
 		return err
 	}
 	if err := p.quarantine(ctx, p.dead, p.leftover); err != nil {
@@ -196,15 +218,22 @@ func (p *pruner) prune(ctx context.Context) error {
 	if err := p.sweep(ctx); err != nil {
 		return err
 	}
-	if p.report.Waiting > 0 && p.o.Watch > 0 {
+	if (p.report.Waiting > 0 || p.strays) && p.o.Watch > 0 {
 		if err := p.end(ctx); err != nil {
+			return err
+		}
+		none := func() [][32]byte { return nil }
+		if err := p.quarantine(ctx, none, p.leftover); err != nil {
 			return err
 		}
 		if err := p.sweep(ctx); err != nil {
 			return err
 		}
 	}
-	return p.tidy(ctx)
+	if err := p.tidy(ctx); err != nil {
+		return err
+	}
+	return p.checkpoint(ctx)
 }
 
 // dry finds what prune would do first; what would be waited for shows in
@@ -219,8 +248,14 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 		return nil, err
 	}
 	free, wait := p.due()
-	p.count(p.dead(), left)
-	for _, name := range p.sparse() {
+	dead, sparse := p.dead(), p.sparse()
+	for _, packs := range []*[][32]byte{&left, &free, &dead, &sparse} {
+		if *packs, err = p.unlocked(ctx, *packs); err != nil {
+			return nil, err
+		}
+	}
+	p.count(dead, left)
+	for _, name := range sparse {
 		k := p.m.packs[name]
 		if s.quarantine[name] != 0 {
 			continue
@@ -243,6 +278,9 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 			p.report.WaitingBytes += p.size(name)
 		}
 		p.waitsFor(s.head + 1)
+	}
+	if s.head-s.checkpoint >= p.every() {
+		p.report.Checkpoint = s.head + 1
 	}
 	p.finish()
 	return &p.report, nil
@@ -327,6 +365,7 @@ func (p *pruner) leftover(ctx context.Context) ([][32]byte, error) {
 	case len(left) == 0:
 		return nil, nil
 	case len(p.m.before) > 0:
+		p.strays = true
 		p.m.notes[fmt.Sprintf("%d packs (%d bytes) are in no index: of runs under way, or left by dead ones; prune looks at them when no run is open", len(left), size)] = true
 		return nil, nil
 	case len(p.m.lost) > 0:
@@ -371,6 +410,14 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 				return err
 			}
 		}
+		// Behind catchUp: who locks for a commit from now on is seen by unmoved.
+		packs, err := p.unlocked(ctx, packs)
+		if err != nil {
+			return err
+		}
+		if left, err = p.unlocked(ctx, left); err != nil {
+			return err
+		}
 		all := slices.Concat(packs, left)
 		if len(all) == 0 {
 			return nil
@@ -385,7 +432,7 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 			e.Packs[i] = hex.EncodeToString(name[:])
 		}
 		p.run.announcing.Lock()
-		err := p.r.append(ctx, kindQuarantine, p.run.entry(), e, p.unmoved)
+		err = p.r.append(ctx, kindQuarantine, p.run.entry(), e, p.unmoved)
 		if err == nil {
 			p.run.settle()
 		}

@@ -18,7 +18,7 @@ type suspicion struct{ first, second string }
 // went wrong: the way here may have been at fault. p is what was read last, nil
 // when it could not be. An error means that the store answers nothing at all,
 // which says nothing about the object.
-func readTwice(ctx context.Context, s blob.Store, name string, sum [32]byte) (p []byte, what suspicion, err error) {
+func readTwice(ctx context.Context, s getter, name string, sum [32]byte) (p []byte, what suspicion, err error) {
 	for _, w := range []*string{&what.first, &what.second} {
 		p, err = s.Get(ctx, name, 0, -1)
 		switch {
@@ -38,10 +38,36 @@ func readTwice(ctx context.Context, s blob.Store, name string, sum [32]byte) (p 
 		if _, probe := s.Get(ctx, configName, 0, 1); probe != nil {
 			return nil, what, err
 		}
+		if t, ok := s.(interface{ Reach(context.Context) error }); ok && t.Reach(ctx) != nil {
+			return nil, what, err
+		}
 		p = nil
 	}
 	return p, what, nil
 }
+
+// notHere is what is wrong with a pack that a tier, opened by itself, lacks.
+const notHere = "not in this tier"
+
+// getter is the part of a blob.Store that reads.
+type getter interface {
+	Get(ctx context.Context, name string, off, n int64) ([]byte, error)
+}
+
+// ownFirst reads an object's copy in the own store, and another one only when
+// there is none: a check wants to know of one that cannot be read, where others
+// are glad of another.
+type ownFirst struct{ t *blob.Tiers }
+
+func (o ownFirst) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
+	p, err := o.t.Own().Get(ctx, name, off, n)
+	if errors.Is(err, blob.ErrNotExist) {
+		return o.t.Get(ctx, name, off, n)
+	}
+	return p, err
+}
+
+func (o ownFirst) Reach(ctx context.Context) error { return o.t.Reach(ctx) }
 
 // wornPack is a pack that is not what it was.
 type wornPack struct {
@@ -65,6 +91,10 @@ func (c *checker) packProblems() {
 		}
 		if mended {
 			c.report.Mended++
+			continue
+		}
+		if w.what == notHere {
+			c.report.Elsewhere++
 			continue
 		}
 		c.report.worn = append(c.report.worn, w)

@@ -15,7 +15,8 @@ import (
 
 // RepairOptions of Repair.
 type RepairOptions struct {
-	// From is a repository with the same VMs, or nil.
+	// From is a repository with the same VMs, or a copy of this one's objects in
+	// another store, opened with a cache of its own; or nil.
 	From *Repo
 	// Check is what to look at for damage first.
 	Check CheckOptions
@@ -38,7 +39,7 @@ type RepairReport struct {
 // Repair checks the repository, which marks what is damaged as lost and
 // rebuilds lost index objects, and stores anew what still opens of damaged
 // packs, and what From has of what is lost.
-// Ids are keyed, so the two have no id in common: what lies at the same place
+// Ids are keyed, so two repositories have no id in common: what lies at the same place
 // of the same disk, in the same restore point or another one of the same VM, is
 // read from there and taken if it has the id that is wanted here. So a wrong
 // guess costs time and nothing else, and From need not be trusted.
@@ -55,9 +56,6 @@ func (r *Repo) Repair(ctx context.Context, o RepairOptions) (*RepairReport, erro
 	}
 	var sources []Point
 	if o.From != nil {
-		if o.From.id == r.id {
-			return nil, errors.New("a repository cannot be repaired from itself")
-		}
 		if sources, err = o.From.Points(ctx); err != nil {
 			return nil, fmt.Errorf("the other repository: %w", err)
 		}

@@ -103,6 +103,9 @@ type Options struct {
 	// Compression is that of new data. What a repository holds can be read
 	// whatever it is.
 	Compression Compression
+	// OpenTier opens the store at a tier's location. Without it what lies in
+	// tiers cannot be read.
+	OpenTier func(ctx context.Context, location string) (blob.Store, error)
 }
 
 // Compression says how data is compressed.
@@ -117,12 +120,19 @@ const (
 
 // Repo is an open repository. Safe in parallel, but for Close.
 type Repo struct {
-	store blob.Store
+	store blob.Store // is tiers
+	tiers *blob.Tiers
 	id    [16]byte
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
 	ring  liveRing
 	cache string // directory of this repository's cache
+
+	config   [32]byte  // SHA-256 of the object of that name
+	created  time.Time // as it says
+	openTier func(ctx context.Context, location string) (blob.Store, error)
+	mirrorOf string // the tier that the own store is; "" when it is the repository's own
+	isMirror error  // why nothing is written then
 
 	compressor codec.Compressor // of new chunks
 
@@ -142,6 +152,8 @@ type Repo struct {
 	found       []index.Pack      // what packs that no index object lists hold; nil before a scan
 	drop        map[[32]byte]bool // the lost index objects
 
+	locks   *lockCache
+	now     func() time.Time // for locks; time.Now but in tests
 	index   *index.Index
 	openers openerCache
 	nodes   lru[pack.ID, *tree.Node]

@@ -16,19 +16,32 @@ var ErrPruned = errors.New("a prune took away what this run had found present")
 var errMoved = errors.New("the chain has moved on")
 
 // errUnverified: a quarantine came between; look at every item again.
-var errUnverified = errors.New("not verified since the last quarantine")
+var errUnverified = errors.New("not verified since copies were taken away")
 
 // mayCommit refuses once the lease is over, and as long as it is not certain
-// that every item of the point has a copy outside the quarantine. Certain is:
+// that every item of the point has a copy outside the quarantine, and that all
+// is locked that the rule wants to be.
+func (run *Run) mayCommit(s *state) error {
+	if err := run.rests(s); err != nil {
+		return err
+	}
+	return run.isLocked(s)
+}
+
+// rests refuses as long as it is not certain that every item of the point has a
+// copy outside the quarantine. Certain is:
 // no pack that the run used is in quarantine, and the maps that it built on
 // are those of living points, which no prune touches. Else the point's maps
 // have to be walked.
-func (run *Run) mayCommit(s *state) error {
+func (run *Run) rests(s *state) error {
 	if err := run.mayAnnounce(s); err != nil {
 		return err
 	}
 	run.mu.Lock()
 	defer run.mu.Unlock()
+	if s.mended > max(run.verified, run.began) {
+		return errUnverified // what was found present may have been lost with an index object
+	}
 	if s.quarantined <= run.verified {
 		return nil
 	}
@@ -69,10 +82,15 @@ func (s *state) hasRoot(root Root) bool {
 func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*state) error) error {
 	for {
 		err := run.r.append(ctx, kindCommit, run.entry(), entrySealed{Point: p}, allowed)
-		if !errors.Is(err, errUnverified) {
+		switch {
+		case errors.Is(err, errUnverified):
+			err = run.verify(ctx, p)
+		case errors.Is(err, errUnlocked):
+			err = run.lock(ctx, p)
+		default:
 			return err
 		}
-		if err := run.verify(ctx, p); err != nil {
+		if err != nil {
 			return err
 		}
 	}
@@ -115,7 +133,8 @@ func (run *Run) verify(ctx context.Context, p *Point) error {
 			return ErrPruned // a pruner took this run for dead
 		}
 	}
-	run.verified = s.quarantined
+	run.verified = max(s.quarantined, s.mended)
+	run.locked = lockedAt{} // it may rest on other packs now
 	return nil
 }
 

@@ -25,7 +25,11 @@ func (p *pruner) rewrite(ctx context.Context) error {
 			return err
 		}
 		var todo [][32]byte
-		for i, name := range p.sparse() {
+		sparse, err := p.unlocked(ctx, p.sparse())
+		if err != nil {
+			return err
+		}
+		for i, name := range sparse {
 			if i < quarantineMax {
 				todo = append(todo, name)
 				chosen[name] = true
@@ -42,6 +46,9 @@ func (p *pruner) rewrite(ctx context.Context) error {
 		return nil
 	}
 	if err := p.run.Flush(ctx); err != nil {
+		return fmt.Errorf("rewrite packs: %w", err)
+	}
+	if err := p.lockOwn(ctx); err != nil {
 		return fmt.Errorf("rewrite packs: %w", err)
 	}
 	before := p.report.Quarantined

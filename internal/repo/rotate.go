@@ -24,7 +24,9 @@ func (r *Repo) Rotate(ctx context.Context) (Keyring, error) {
 	if err := r.announceKeys(ctx, u.number+1); err != nil {
 		return Keyring{}, err
 	}
-	return r.Keyring(), r.learn(ctx)
+	err = r.learn(ctx)
+	r.lockKeys(ctx)
+	return r.Keyring(), err
 }
 
 // changeable gives what a change of keys starts from: the newest keyring.
@@ -123,7 +125,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 		return RootChange{}, err // the keyring may be there: its slots must stay
 	}
 	for _, k := range kept { // before anything old is deleted
-		v, err := unlock(ctx, r.store, r.id, k.cred.text, nil, k.id)
+		v, err := unlock(ctx, r.store, r.id, k.cred.text, nil, k.id, r.current().removed)
 		if err != nil || !bytes.Equal(v.root[:], next.root[:]) {
 			return RootChange{}, fmt.Errorf("the new keys were read back and do not open: %w; nothing old was deleted", errors.Join(ErrDamaged, err))
 		}
@@ -135,6 +137,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 		return RootChange{}, err
 	}
 	r.ring.now.Store(next)
+	r.lockKeys(ctx)
 	if err := r.tidy(ctx); err != nil {
 		return RootChange{}, err
 	}

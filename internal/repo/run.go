@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"holdfast/internal/blob"
@@ -19,9 +20,12 @@ import (
 
 const (
 	beatEvery = time.Minute
-	// storingPacks is how many packs are sealed and stored at once: enough that
-	// a store that answers each request 50 ms late hardly slows a run.
-	storingPacks = 4
+	// storingPacks is how many packs are sealed and stored at once. As many more
+	// are while one takes less than quickPack, so that a store that answers each
+	// request 50 ms late hardly slows a run; over a slow link they would share the
+	// line, and all be lost with a run that dies.
+	storingPacks = 2
+	quickPack    = 2 * time.Second
 	// announceItems is how many items a run stores before it shares them with
 	// others and its own next try: 16 GiB of disk. It also bounds the run's memory.
 	announceItems = 1 << 18
@@ -44,12 +48,13 @@ type Run struct {
 	fail  context.CancelCauseFunc
 	beats sync.WaitGroup
 
-	slots    chan struct{}
-	readBack ReadBack
-	proving  chan struct{} // places for packs being read back
-	storing  sync.WaitGroup
-	nodes    *packer
-	files    *packer
+	slots, moreSlots chan struct{}
+	quick            atomic.Bool // the last pack was stored in less than quickPack
+	readBack         ReadBack
+	proving          chan struct{} // places for packs being read back
+	storing          sync.WaitGroup
+	nodes            *packer
+	files            *packer
 
 	announcing sync.Mutex // held while index objects are made; before mu
 
@@ -65,7 +70,11 @@ type Run struct {
 	uses        map[[32]byte]bool      // packs on which the point will rest
 	disks       []*packer              // of disks, finished or not
 	bases       []Root                 // maps that disks began as copies of
-	verified    uint64                 // up to that quarantine all was found present
+	verified    uint64                 // up to that entry all was found present
+	began       uint64                 // the newest entry when the run began
+	basis       map[Root]tree.Root     // finished maps, and those that they began as copies of
+
+	locked lockedAt // guarded by announcing
 
 	committed bool
 }
@@ -80,9 +89,18 @@ type shelved struct {
 // 16 to 64 lower-case hex digits and new, and only then reads what is present
 // (docs/format.md §6.1).
 func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
+	return r.begin(ctx, session, "")
+}
+
+// begin is Begin; tier is the one whose packs will be moved, or "".
+func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	lease := session
 	host, _ := os.Hostname()
-	who, err := json.Marshal(map[string]any{"host": host, "pid": os.Getpid()})
+	l := map[string]any{"host": host, "pid": os.Getpid()}
+	if tier != "" {
+		l["tier"] = tier
+	}
+	who, err := json.Marshal(l)
 	if err != nil {
 		return nil, err
 	}
@@ -92,18 +110,22 @@ func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open a lease: %w", err)
 	}
-	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks),
-		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, announced: time.Now(), uses: map[[32]byte]bool{}}
+	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks), moreSlots: make(chan struct{}, storingPacks),
+		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, announced: time.Now(), uses: map[[32]byte]bool{}, basis: map[Root]tree.Root{}}
 	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
 	run.files = &packer{run: run, kind: pack.Chunks, target: chunkPackBytes}
 	err = r.refresh(ctx)
+	if err == nil {
+		err = r.canLock()
+	}
 	if err == nil {
 		err = r.mend(ctx)
 	}
 	if err != nil {
 		return nil, errors.Join(err, run.Close())
 	}
+	run.began = r.current().head
 	run.beats.Go(run.beat)
 	return run, nil
 }
@@ -321,7 +343,8 @@ func (run *Run) Flush(ctx context.Context) error {
 
 // Commit makes the point visible, with all disks that were finished. It sets
 // the point's ID, NewBytes and StoredBytes. When it fails with anything but
-// ErrRevoked, the store was asked and the point does not exist.
+// ErrRevoked or blob.ErrUnsynced, the store was asked and the point does not
+// exist.
 func (run *Run) Commit(ctx context.Context, p *Point) error {
 	p.ID = PointID(RandomID())
 	return run.commit(ctx, p, run.mayCommit)
@@ -336,11 +359,15 @@ func (run *Run) commit(ctx context.Context, p *Point, allowed func(*state) error
 	run.mu.Lock()
 	p.NewBytes, p.StoredBytes = run.newPlain, run.stored
 	run.mu.Unlock()
+	if err := run.lock(ctx, p); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
 	if err := run.appendPoint(ctx, p, allowed); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
 	run.settle()
 	run.committed = true
+	run.settleLocks()
 	return nil
 }
 
@@ -364,7 +391,7 @@ func (run *Run) Close() error {
 	}
 	run.fail(errClosed)
 	run.beats.Wait()
-	return errors.Join(err, run.endLease(ctx))
+	return errors.Join(err, run.endLease(ctx), run.locked.warning)
 }
 
 var errClosed = errors.New("the run is closed")

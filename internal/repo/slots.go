@@ -202,9 +202,13 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 	if err == nil {
 		k, err = r.readBack(ctx, id, u, c)
 	}
-	if err != nil { // a Put that failed may have done its work
-		return Slot{}, errors.Join(err, r.forget(context.WithoutCancel(ctx), slotName(id)))
+	if err != nil {
+		if id != "" { // a Put that failed may have done its work
+			err = errors.Join(err, r.forget(context.WithoutCancel(ctx), slotName(id)))
+		}
+		return Slot{}, err
 	}
+	r.lockKeys(ctx)
 	return r.slot(u, k), nil
 }
 
@@ -212,7 +216,7 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 func (r *Repo) readBack(ctx context.Context, id string, u *unlocked, c *credential) (slotDoc, error) {
 	k := slotDoc{id: id}
 	var err error
-	if k.raw, err = getDocument(ctx, r.store, slotName(id), seal.Slot, r.id); err != nil {
+	if k.raw, err = getSlot(ctx, r.store, slotName(id), r.id); err != nil {
 		return k, err
 	}
 	if err := seal.Unmarshal(k.raw.Clear, &k.kdf); err != nil {
@@ -331,9 +335,10 @@ func (r *Repo) tidy(ctx context.Context) error {
 	return nil
 }
 
-// forget deletes an object that may be gone already.
+// forget deletes an object that is over. It may be gone already, or be locked:
+// then it stays until its lock has ended, and is over all the same.
 func (r *Repo) forget(ctx context.Context, name string) error {
-	if err := r.store.Delete(ctx, name); !errors.Is(err, blob.ErrNotExist) {
+	if err := r.store.Delete(ctx, name); !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, blob.ErrLocked) {
 		return err
 	}
 	return nil

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -48,6 +50,10 @@ func (p *pruner) sweep(ctx context.Context) error {
 			return err
 		}
 		free, wait := p.due()
+		free, err := p.unlocked(ctx, free)
+		if err != nil {
+			return err
+		}
 		p.report.Waiting, p.report.WaitingBytes, p.report.WaitsFor = len(wait), 0, []Lease{}
 		for _, name := range wait {
 			p.report.WaitingBytes += p.size(name)
@@ -62,11 +68,18 @@ func (p *pruner) sweep(ctx context.Context) error {
 		for i, name := range free {
 			sizes[i] = p.size(name)
 		}
+		tiers, err := p.heirs(ctx, free)
+		if err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
 		old, err := p.supersede(ctx, free)
 		if errors.Is(err, errMoved) {
 			continue
 		} else if err != nil {
 			return fmt.Errorf("sweep: %w", err)
+		}
+		if err := p.mirrors(ctx, tiers); err != nil {
+			return err
 		}
 		return p.remove(ctx, free, sizes, old)
 	}
@@ -142,6 +155,9 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if err := flush(); err != nil {
 		return nil, err
 	}
+	if err := p.lockIndexes(ctx, c.Adds); err != nil {
+		return nil, err
+	}
 	if err := p.r.append(ctx, kindSweep, c, entrySealed{}, p.unmoved); err != nil {
 		return nil, err
 	}
@@ -160,11 +176,15 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 			err := p.r.store.Delete(gctx, packName(name))
 			mu.Lock()
 			defer mu.Unlock()
-			delete(p.m.there, name)
 			if err == nil || errors.Is(err, blob.ErrNotExist) {
+				delete(p.m.there, name)
 				p.report.Removed++
 				p.report.RemovedBytes += sizes[i]
 				p.o.Report("remove", int64(p.report.Removed), int64(len(packs)))
+				return nil
+			}
+			if errors.Is(err, blob.ErrLocked) {
+				p.isLocked(name, time.Time{})
 				return nil
 			}
 			failed = append(failed, err)
@@ -175,7 +195,7 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 		return err
 	}
 	for _, d := range indexes {
-		if err := p.r.store.Delete(ctx, indexName(d)); err != nil && !errors.Is(err, blob.ErrNotExist) {
+		if err := p.r.forget(ctx, indexName(d)); err != nil {
 			failed = append(failed, err)
 		}
 	}
@@ -190,6 +210,9 @@ func (p *pruner) end(ctx context.Context) error {
 	watched := map[string]Lease{}
 	for _, l := range p.report.WaitsFor {
 		watched[l.Session] = l
+	}
+	if p.strays {
+		maps.Copy(watched, p.m.before)
 	}
 	p.o.Report("watch", 0, int64(len(watched)))
 	dead, err := p.r.watch(ctx, watched, p.o.Watch)
@@ -230,7 +253,7 @@ func (p *pruner) tidy(ctx context.Context) error {
 	}
 	for _, name := range p.indexes {
 		d, err := parseDigest(strings.TrimPrefix(name, "index/"))
-		if err != nil || p.m.state.indexes[d] {
+		if err != nil || p.m.state.indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
 			continue
 		}
 		ours, err := p.header(ctx, name, seal.Index)
@@ -240,7 +263,7 @@ func (p *pruner) tidy(ctx context.Context) error {
 		if !ours {
 			continue
 		}
-		if err := p.r.store.Delete(ctx, name); err != nil && !errors.Is(err, blob.ErrNotExist) {
+		if err := p.r.forget(ctx, name); err != nil {
 			return err
 		}
 	}

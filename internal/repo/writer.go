@@ -143,5 +143,10 @@ func (w *DiskWriter) Finish(ctx context.Context) (Root, error) {
 		return "", err
 	}
 	root, err := w.w.Finish(ctx)
+	if err == nil && w.base != nil {
+		w.run.mu.Lock()
+		w.run.basis[Root(root.String())] = w.base.root
+		w.run.mu.Unlock()
+	}
 	return Root(root.String()), err
 }

@@ -43,7 +43,9 @@ MAX_ITEMS = 1 << 20
 HEADER = 64
 TAG = 16
 KINDS = {1: "add", 2: "commit", 3: "forget", 4: "keep", 5: "revoke", 6: "quarantine", 7: "sweep",
-         8: "keys", 9: "checkpoint", 10: "distrust"}
+         8: "keys", 9: "checkpoint", 10: "distrust", 11: "locks", 12: "tiers"}
+CHECKPOINT = {"points", "keep", "forgotten", "pinned", "added", "quarantine", "distrust", "over", "keyring", "removed",
+              "quarantined", "moved", "mended", "committed", "tiers", "locks", "before"}
 
 
 class Damage(Exception):
@@ -414,9 +416,11 @@ class Repository:
     # -- chain (§6)
 
     def entries(self):
-        """Every entry that can be read, ascending, checked without a key; gaps are told."""
+        """The entries from the newest checkpoint on, checked without a key; gaps are told.
+
+        Entries before the chain's start (§6.4) may be there or not."""
         names = self.names("chain", r"[0-9]{12}")
-        out, previous, expect = [], self.config_digest, 1
+        out, gaps, previous, expect, start = [], [], self.config_digest, 1, 0
         for name in names:
             number = int(name)
             try:
@@ -429,17 +433,21 @@ class Repository:
             except Damage as e:
                 self.complain("chain entry %d: %s" % (number, e))
                 continue  # a gap: told when the next one is met
-            whole_before = KINDS[doc.header.kind] == "checkpoint"
-            if number == expect:
-                if doc.clear["previous"] != previous:
-                    self.complain("chain entry %d does not follow the one before" % number)
-            elif not whole_before:
-                self.complain("chain entries %d to %d are missing" % (expect, number - 1))
-                self.gap = True
+            if number != expect:
+                gaps.append((expect, number - 1))
+            elif doc.clear["previous"] != previous:
+                self.complain("chain entry %d does not follow the one before" % number)
+            start = max(start, doc.clear.get("start", 0))
             out.append((number, doc))
             previous, expect = hashlib.sha256(doc.whole).hexdigest(), number + 1
-        starts = [i for i, (_, doc) in enumerate(out) if KINDS[doc.header.kind] == "checkpoint"]
-        return out[starts[-1]:] if starts else out
+        checkpoints = [number for number, doc in out if KINDS[doc.header.kind] == "checkpoint"]
+        newest = checkpoints[-1] if checkpoints else 0
+        for first, last in gaps:
+            if last >= start:
+                self.complain("chain entries %d to %d are missing" % (first, last))
+            if last >= newest:
+                self.gap = True
+        return [(number, doc) for number, doc in out if number >= newest]
 
     gap = False
 
@@ -485,6 +493,9 @@ class Repository:
             for ident in body["points"]:
                 self.points.pop(ident, None)
         elif kind == "checkpoint":
+            unknown = set(body) - CHECKPOINT
+            if unknown:
+                sys.exit("checkpoint %d has parts this reader does not know: %s" % (number, ", ".join(sorted(unknown))))
             self.points = {p["id"]: p for p in body.get("points") or []}
             self.distrusted = {(d["pack"], bytes.fromhex(d["id"])) for d in body.get("distrust") or []}
         elif kind == "distrust":

@@ -144,7 +144,16 @@ func (s *Store) canary(ctx context.Context, mode blob.LockMode) error {
 		return err
 	}
 	now := time.Now()
-	version, err := s.lock(ctx, key, blob.Lock{Until: now.Add(canaryLock), Mode: mode}, blob.Lock{Until: now.Add(canaryRest), Mode: mode})
+	lock := func() (string, error) {
+		return s.lock(ctx, key, blob.Lock{Until: now.Add(canaryLock), Mode: mode}, blob.Lock{Until: now.Add(canaryRest), Mode: mode})
+	}
+	version, err := lock()
+	if errors.Is(err, blob.ErrNotExist) { // somebody has deleted it, but to some servers the name is taken all the same
+		if err := s.removeMarkers(ctx, key); err != nil {
+			return err
+		}
+		version, err = lock()
+	}
 	if err != nil {
 		return err
 	}
@@ -163,9 +172,20 @@ func (s *Store) canary(ctx context.Context, mode blob.LockMode) error {
 	return nil
 }
 
+// removeMarkers removes the delete markers of a key.
+func (s *Store) removeMarkers(ctx context.Context, key string) error {
+	versions, err := s.versionsOf(ctx, key)
+	for _, v := range versions {
+		if v.IsDeleteMarker && err == nil {
+			err = s.removeVersion(ctx, key, v.VersionID)
+		}
+	}
+	return err
+}
+
 func (s *Store) Hidden(ctx context.Context, prefix string) iter.Seq2[blob.Hidden, error] {
 	return func(yield func(blob.Hidden, error) bool) {
-		err := s.walk(ctx, s.key(prefix), true, func(o []minio.ObjectInfo) bool {
+		err := s.versions(ctx, s.key(prefix), func(o []minio.ObjectInfo) bool {
 			name, ok := s.name(o[0].Key)
 			for i := 1; ok && i < len(o); i++ {
 				if o[i].IsDeleteMarker {
@@ -177,6 +197,9 @@ func (s *Store) Hidden(ctx context.Context, prefix string) iter.Seq2[blob.Hidden
 			}
 			return true
 		})
+		if hasStatus(err, http.StatusNotImplemented) {
+			return // it keeps no versions at all
+		}
 		if err != nil {
 			yield(blob.Hidden{}, fmt.Errorf("list hidden versions %q: %w", prefix, explain(err)))
 		}

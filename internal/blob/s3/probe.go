@@ -15,7 +15,7 @@ import (
 
 // ErrUnsupported: the server does not do what a repository needs. The error
 // names it.
-var ErrUnsupported = errors.New("the server cannot be used for a repository")
+var ErrUnsupported = fmt.Errorf("%w", blob.ErrUnfit)
 
 func unsupported(feature, saw string) error {
 	return fmt.Errorf("%w: it does not support %s (%s)", ErrUnsupported, feature, saw)
@@ -158,8 +158,8 @@ func (s *Store) probe(ctx context.Context, key string) error {
 		}
 	}
 	listed := false
-	err := s.walk(ctx, key, false, func(o []minio.ObjectInfo) bool {
-		listed = o[0].Key == key && o[0].Size == int64(len(contents[winner]))
+	err := s.walk(ctx, key, func(o minio.ObjectInfo) bool {
+		listed = o.Key == key && o.Size == int64(len(contents[winner]))
 		return false
 	})
 	if err == nil && !listed {

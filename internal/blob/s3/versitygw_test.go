@@ -5,72 +5,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/minio/minio-go/v7"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/blob/s3/s3test"
 )
-
-// versitygw starts a real S3 server, not written here, until the test ends:
-// HOLDFAST_VERSITYGW names its program, which "make test" builds.
-func versitygw(t *testing.T) (endpoint string) {
-	t.Helper()
-	exe := os.Getenv("HOLDFAST_VERSITYGW")
-	if exe == "" {
-		t.Skip("SKIPPED: needs an S3 server, which HOLDFAST_VERSITYGW names; \"make test\" builds it and sets it")
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	root, versions := filepath.Join(dir, "root"), filepath.Join(dir, "versions")
-	if err := errors.Join(os.Mkdir(root, 0o700), os.Mkdir(versions, 0o700)); err != nil {
-		t.Fatal(err)
-	}
-	var said bytes.Buffer
-	// Without --keep-alive, with which it takes the rest of a body that it has
-	// refused for the next request.
-	cmd := exec.Command(exe, "--port", addr, "--quiet", "posix", "--versioning-dir", versions, root)
-	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID=access", "ROOT_SECRET_ACCESS_KEY=secret")
-	cmd.Stdout, cmd.Stderr = &said, &said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait() // it was killed
-		if t.Failed() {
-			t.Logf("versitygw said: %s", said.Bytes()[max(0, said.Len()-4000):])
-		}
-	})
-	for range 200 {
-		c, err := net.Dial("tcp", addr)
-		if err == nil {
-			c.Close()
-			return "http://" + addr
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	t.Fatalf("versitygw does not listen; it said: %s", said.Bytes())
-	return ""
-}
 
 // bucket makes a bucket on it.
 func bucket(t *testing.T, endpoint, name string, o minio.MakeBucketOptions) Options {
 	t.Helper()
-	opts := Options{Bucket: name, Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "secret"}}
+	opts := Options{Bucket: name, Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: s3test.AccessKey, Secret: s3test.SecretKey}}
 	if err := with(t, opts).core.MakeBucket(t.Context(), name, o); err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +25,7 @@ func bucket(t *testing.T, endpoint, name string, o minio.MakeBucketOptions) Opti
 }
 
 func TestVersitygw(t *testing.T) {
-	endpoint := versitygw(t)
+	endpoint := s3test.Versitygw(t)
 	ctx := t.Context()
 	for name, o := range map[string]minio.MakeBucketOptions{"plain": {}, "locking": {ObjectLocking: true}} {
 		opts := bucket(t, endpoint, name, o)
@@ -123,14 +70,14 @@ func TestVersitygw(t *testing.T) {
 		testHidden(t, s, hide, overwrite)
 	})
 	t.Run("a wrong secret", func(t *testing.T) {
-		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "wrong"}}
+		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: s3test.AccessKey, Secret: "wrong"}}
 		if _, err := with(t, o).Get(context.Background(), "config", 0, -1); !hasCode(err, "SignatureDoesNotMatch") {
 			t.Errorf("%v", err)
 		}
 	})
 	t.Run("no locks", func(t *testing.T) {
 		o := Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true}
-		if err := with(t, Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: "access", Secret: "secret"}}).Canary(ctx, blob.Compliance); !errors.Is(err, blob.ErrNoLock) {
+		if err := with(t, Options{Bucket: "plain", Endpoint: endpoint, PathStyle: true, Keys: &Keys{Access: s3test.AccessKey, Secret: s3test.SecretKey}}).Canary(ctx, blob.Compliance); !errors.Is(err, blob.ErrNoLock) {
 			t.Errorf("canary of %s: %v", o, err)
 		}
 	})

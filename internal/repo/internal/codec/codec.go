@@ -96,7 +96,13 @@ func (c Compressor) Encode(dst, p []byte) []byte {
 			*check, err = s2.Decode((*check)[:cap(*check)], payload)
 		}
 	}
-	if err == nil && len(dst)-n-1 < len(p) && bytes.Equal(*check, p) {
+	return proven(dst, n, p, *check, err)
+}
+
+// proven keeps what was encoded behind dst[:n] if it is shorter than p and was
+// decoded to p again; else p takes its place as it is.
+func proven(dst []byte, n int, p, decoded []byte, err error) []byte {
+	if err == nil && len(dst)-n-1 < len(p) && bytes.Equal(decoded, p) {
 		return dst
 	}
 	return EncodePlain(dst[:n], p)
@@ -106,6 +112,14 @@ func (c Compressor) Encode(dst, p []byte) []byte {
 // not shrink.
 func EncodePlain(dst, p []byte) []byte {
 	return append(append(dst, plain), p...)
+}
+
+// Take is Decode for a p that is given away: the result may lie in it.
+func Take(p []byte, max int) ([]byte, error) {
+	if len(p) > 0 && p[0] == plain && len(p)-1 <= max {
+		return p[1:], nil
+	}
+	return Decode(nil, p, max)
 }
 
 // Decode appends the content of p to dst, at most max bytes of it.

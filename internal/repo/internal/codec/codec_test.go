@@ -72,3 +72,26 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// Lesson 8: a compressor's defect stored data that could not be decompressed.
+// What does not decode to what was encoded is stored plain.
+func TestLesson08BrokenEncoder(t *testing.T) {
+	p := bytes.Repeat([]byte("some text "), 100)
+	good := Fast.Encode(nil, p)
+	if good[0] != snap {
+		t.Fatal("not compressed")
+	}
+	for what, c := range map[string]struct {
+		check []byte
+		err   error
+	}{
+		"decodes to something else": {append(bytes.Repeat([]byte("some text "), 99), "some texts"...), nil},
+		"decodes to less":           {p[:len(p)-1], nil},
+		"does not decode":           {p, ErrCodec},
+	} {
+		e := proven(append([]byte("before"), good...), len("before"), p, c.check, c.err)
+		if got, err := Decode(nil, e[len("before"):], len(p)); err != nil || !bytes.Equal(got, p) || e[len("before")] != plain {
+			t.Errorf("%s: %d bytes, %v", what, len(got), err)
+		}
+	}
+}

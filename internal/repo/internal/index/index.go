@@ -20,6 +20,7 @@ type Pack struct {
 	Name  [32]byte // SHA-256
 	Size  int64    // stored bytes
 	Kind  uint16
+	Made  int64 // seconds since 1970, by the writer's clock; 0: not known. Not in the cache
 	Items []Item
 }
 
@@ -77,7 +78,6 @@ type Index struct {
 
 	mu       sync.RWMutex // guards segments; lookups hold it for reading
 	segments []*segment   // largest first
-	retired  []*segment   // merged away, unmapped at Close since lookups may be under way
 }
 
 // Open reads the cache directory, making it if need be. Segments that name a
@@ -136,7 +136,7 @@ func (x *Index) Has(source [32]byte) bool {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	for _, s := range x.segments {
-		if slices.Contains(s.sources, source) {
+		if s.has[source] {
 			return true
 		}
 	}
@@ -163,28 +163,18 @@ func (x *Index) Add(source [32]byte, packs []Pack) error {
 	if x.Has(source) {
 		return nil
 	}
-	var items []item
-	names := make([][32]byte, len(packs))
-	for i, k := range packs {
-		names[i] = k.Name
-		off := uint32(seal.HeaderLen)
-		for j, it := range k.Items {
-			items = append(items, item{it.ID, uint32(i), uint32(j), off, it.Stored})
-			off += it.Stored
-		}
+	b := x.NewBatch()
+	if err := b.Add(source, packs); err != nil {
+		return errors.Join(err, b.Abort())
 	}
-	slices.SortFunc(items, func(a, b item) int { return bytes.Compare(a.id[:], b.id[:]) })
-	w, err := newSegmentWriter(x.dir)
-	if err != nil {
-		return err
+	if err := b.finish(); err != nil {
+		return errors.Join(err, b.Abort())
 	}
-	for _, it := range items {
-		w.add(it)
-	}
-	return x.install(w, names, [][32]byte{source}, nil)
+	return nil
 }
 
 // install finishes a segment and puts it in the place of old ones.
+// The caller holds adding.
 func (x *Index) install(w *segmentWriter, packs, sources [][32]byte, old []*segment) error {
 	path, err := w.finish(packs, sources)
 	if err != nil {
@@ -197,10 +187,15 @@ func (x *Index) install(w *segmentWriter, packs, sources [][32]byte, old []*segm
 	x.mu.Lock()
 	x.segments = slices.DeleteFunc(x.segments, func(s *segment) bool { return slices.Contains(old, s) })
 	x.segments = append(x.segments, s)
-	x.retired = append(x.retired, old...)
 	x.sort()
 	pair := x.mergeable()
+	for _, o := range old { // no lookup is under way
+		err = errors.Join(err, o.unmap())
+	}
 	x.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	for _, o := range old {
 		os.Remove(o.path) // at worst it is found again and removed at the next Open
 	}
@@ -227,73 +222,32 @@ func (x *Index) merge(a, b *segment) error {
 		return err
 	}
 	packs := make([][32]byte, 0, (len(a.packs)+len(b.packs))/32)
+	var runs []run
 	for _, s := range []*segment{a, b} {
+		runs = append(runs, run{newCursor(s), uint32(len(packs))})
 		for i := range uint32(len(s.packs) / 32) {
 			packs = append(packs, s.packName(i))
 		}
 	}
-	if err := mergeInto(w, a, b); err != nil {
+	if err := mergeInto(w, runs); err != nil {
 		return errors.Join(err, w.abort())
 	}
 	return x.install(w, packs, slices.Concat(a.sources, b.sources), []*segment{a, b})
 }
 
-// mergeInto writes both segments' items in order; b's packs come after a's.
-func mergeInto(w *segmentWriter, a, b *segment) error {
-	shift := uint32(len(a.packs) / 32)
+// Replace takes over y's segments in the place of its own, in one step for
+// lookups beside it. y is not to be used any more.
+func (x *Index) Replace(y *Index) error {
+	x.adding.Lock()
+	defer x.adding.Unlock()
+	x.mu.Lock()
+	defer x.mu.Unlock()
 	var err error
-	ia := newCursor(a)
-	ib := newCursor(b)
-	for ia.ok || ib.ok {
-		if !ib.ok || ia.ok && bytes.Compare(ia.it.id[:], ib.it.id[:]) <= 0 {
-			w.add(ia.it)
-			err = ia.next()
-		} else {
-			it := ib.it
-			it.pack += shift
-			w.add(it)
-			err = ib.next()
-		}
-		if err != nil {
-			return err
-		}
+	for _, s := range x.segments {
+		err = errors.Join(err, s.unmap())
 	}
-	return errors.Join(ia.err, ib.err)
-}
-
-// cursor walks a segment's items.
-type cursor struct {
-	s    *segment
-	page int64
-	rest []byte
-	it   item
-	ok   bool
-	err  error
-}
-
-func newCursor(s *segment) *cursor {
-	c := &cursor{s: s}
-	c.err = c.next()
-	return c
-}
-
-func (c *cursor) next() error {
-	if len(c.rest) == 0 {
-		if c.page == c.s.pages {
-			c.ok = false
-			return nil
-		}
-		p, err := c.s.page(c.page)
-		if err != nil {
-			c.ok = false
-			return err
-		}
-		c.rest = p
-		c.page++
-	}
-	c.it, c.ok = parseItem(c.rest), true
-	c.rest = c.rest[itemLen:]
-	return nil
+	x.segments = y.segments
+	return err
 }
 
 // Items is how many items the index holds, copies counted.
@@ -312,10 +266,10 @@ func (x *Index) Close() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	var err error
-	for _, s := range slices.Concat(x.segments, x.retired) {
+	for _, s := range x.segments {
 		err = errors.Join(err, s.unmap())
 	}
-	x.segments, x.retired = nil, nil
+	x.segments = nil
 	return err
 }
 

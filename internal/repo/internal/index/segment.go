@@ -75,6 +75,7 @@ type segment struct {
 	pages   int64
 	packs   []byte // 32 bytes each
 	sources [][32]byte
+	has     map[[32]byte]bool // sources
 	unmap   func() error
 }
 
@@ -110,8 +111,10 @@ func (s *segment) parse() error {
 		return ErrCache
 	}
 	s.packs = tail[:packs*32]
+	s.has = map[[32]byte]bool{}
 	for src := tail[packs*32:]; len(src) > 0; src = src[32:] {
 		s.sources = append(s.sources, [32]byte(src))
+		s.has[[32]byte(src)] = true
 	}
 	return nil
 }
@@ -133,21 +136,21 @@ func (s *segment) firstID(i int64) []byte {
 
 // lookup appends to places where id lies.
 func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
-	// The last page whose first id is not above id. Ids are uniform, so the
-	// first guess is near and the search is short.
+	// The last page whose first id is not above id. Ids are uniform, so that
+	// guessing by their values ends after few steps, all in one place of the
+	// file. Halving ends it for others.
 	lo, hi := int64(0), s.pages
-	guess := int64(float64(s.pages) * float64(binary.BigEndian.Uint64(id[:])) / (1 << 64))
-	for step := int64(1); lo < hi; {
+	want, from, to := float(id[:]), 0.0, float64(1<<64)
+	for n := 0; lo < hi; n++ {
 		mid := (lo + hi) / 2
-		if guess >= lo && guess < hi {
-			mid = guess
+		if n < 16 && to > from {
+			mid = min(max(lo+int64(float64(hi-lo)*((want-from)/(to-from))), lo), hi-1)
 		}
-		if bytes.Compare(s.firstID(mid), id[:]) > 0 {
-			hi, guess = mid, mid-step
+		if first := s.firstID(mid); bytes.Compare(first, id[:]) > 0 {
+			hi, to = mid, float(first)
 		} else {
-			lo, guess = mid+1, mid+step
+			lo, from = mid+1, float(first)
 		}
-		step *= 4
 	}
 	// Equal ids may begin on an earlier page and go on over several.
 	i := max(lo-1, 0)
@@ -159,28 +162,34 @@ func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
 		if err != nil {
 			return places, err
 		}
-		n := len(p) / itemLen
-		if bytes.Compare(p[(n-1)*itemLen:(n-1)*itemLen+32], id[:]) < 0 {
-			continue
-		}
-		a, b := 0, n
-		for a < b {
-			if m := (a + b) / 2; bytes.Compare(p[m*itemLen:m*itemLen+32], id[:]) < 0 {
-				a = m + 1
-			} else {
-				b = m
-			}
-		}
-		for ; a < n && pack.ID(p[a*itemLen:a*itemLen+32]) == id; a++ {
-			it := parseItem(p[a*itemLen:])
-			if int(it.pack) >= len(s.packs)/32 {
-				return places, fmt.Errorf("%s: page %d: %w", s.path, i, ErrCache)
-			}
-			places = append(places, Place{s.packName(it.pack), it.number, it.off, it.stored})
+		if places, err = s.inPage(i, p, id, places); err != nil {
+			return places, err
 		}
 	}
 	return places, nil
 }
+
+// inPage appends to places where id lies among the items p of page i.
+func (s *segment) inPage(i int64, p []byte, id pack.ID, places []Place) ([]Place, error) {
+	a, b := 0, len(p)/itemLen
+	for a < b {
+		if m := (a + b) / 2; bytes.Compare(p[m*itemLen:m*itemLen+32], id[:]) < 0 {
+			a = m + 1
+		} else {
+			b = m
+		}
+	}
+	for n := len(p) / itemLen; a < n && pack.ID(p[a*itemLen:a*itemLen+32]) == id; a++ {
+		it := parseItem(p[a*itemLen:])
+		if int(it.pack) >= len(s.packs)/32 {
+			return places, fmt.Errorf("%s: page %d: %w", s.path, i, ErrCache)
+		}
+		places = append(places, Place{s.packName(it.pack), it.number, it.off, it.stored})
+	}
+	return places, nil
+}
+
+func float(id []byte) float64 { return float64(binary.BigEndian.Uint64(id)) }
 
 func (s *segment) packName(i uint32) [32]byte { return [32]byte(s.packs[i*32 : i*32+32]) }
 
@@ -228,14 +237,30 @@ func (w *segmentWriter) flush() {
 
 // finish writes names and header, syncs and renames; it returns the path.
 func (w *segmentWriter) finish(packs, sources [][32]byte) (path string, err error) {
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, w.f.Close(), os.Remove(w.f.Name()))
-		}
-	}()
+	if err := w.write(packs, sources); err != nil {
+		return "", errors.Join(err, w.abort())
+	}
+	if err := errors.Join(w.f.Sync(), w.f.Close()); err != nil {
+		return "", errors.Join(err, os.Remove(w.f.Name()))
+	}
+	path = filepath.Join(filepath.Dir(w.f.Name()), fmt.Sprintf("%x.segment", nameOf(sources)))
+	return path, os.Rename(w.f.Name(), path)
+}
+
+// close writes names and header; it returns the path of a file that is only
+// for this process.
+func (w *segmentWriter) close(packs, sources [][32]byte) (path string, err error) {
+	if err := w.write(packs, sources); err != nil {
+		return "", errors.Join(err, w.abort())
+	}
+	return w.f.Name(), w.f.Close()
+}
+
+// write writes what is behind and before the items.
+func (w *segmentWriter) write(packs, sources [][32]byte) error {
 	w.flush()
 	if w.err != nil {
-		return "", w.err
+		return w.err
 	}
 	var tail []byte
 	for _, names := range [][][32]byte{packs, sources} {
@@ -245,23 +270,17 @@ func (w *segmentWriter) finish(packs, sources [][32]byte) (path string, err erro
 	}
 	tail = binary.LittleEndian.AppendUint32(tail, seal.Checksum(tail))
 	if _, err := w.w.Write(tail); err != nil {
-		return "", err
+		return err
 	}
 	if err := w.w.Flush(); err != nil {
-		return "", err
+		return err
 	}
 	h := append([]byte(segMagic), binary.LittleEndian.AppendUint64(nil, w.items)...)
 	h = binary.LittleEndian.AppendUint32(h, uint32(len(packs)))
 	h = binary.LittleEndian.AppendUint32(h, uint32(len(sources)))
 	h = binary.LittleEndian.AppendUint32(h, seal.Checksum(h))
-	if _, err := w.f.WriteAt(h, 0); err != nil {
-		return "", err
-	}
-	if err := errors.Join(w.f.Sync(), w.f.Close()); err != nil {
-		return "", errors.Join(err, os.Remove(w.f.Name()))
-	}
-	path = filepath.Join(filepath.Dir(w.f.Name()), fmt.Sprintf("%x.segment", nameOf(sources)))
-	return path, os.Rename(w.f.Name(), path)
+	_, err := w.f.WriteAt(h, 0)
+	return err
 }
 
 // abort removes what was written.

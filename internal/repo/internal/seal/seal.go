@@ -28,7 +28,8 @@ const (
 	HeaderLen  = 64
 	TagLen     = 16        // AES-GCM's tag, bytes
 	maxPart    = 32 << 20  // clear or sealed part of a document, bytes
-	maxContent = 128 << 20 // decoded content of a document, bytes
+	maxObject  = 64 << 20  // what a store takes, bytes
+	MaxContent = 128 << 20 // decoded content of a document, bytes
 	sigLen     = ed25519.SignatureSize
 )
 
@@ -43,6 +44,7 @@ const (
 	Lease   = "HFLS"
 	Beat    = "HFBT"
 	Pin     = "HFPN"
+	Tier    = "HFTR"
 )
 
 var (
@@ -53,6 +55,8 @@ var (
 	// ErrNoKey: sealed with a master key that the keyring does not have. It is
 	// ErrDamaged too, since that is how a lost keyring shows.
 	ErrNoKey = errors.New("no key for it")
+	// ErrTooLarge: what was to be written is too large for a document.
+	ErrTooLarge = errors.New("too large for one document")
 	// ErrForeign: belongs to another repository.
 	ErrForeign = errors.New("belongs to another repository")
 )
@@ -162,8 +166,8 @@ func (d *Document) Marshal(key *Key, purpose string, sign ed25519.PrivateKey) ([
 		plain = codec.Small.Encode(nil, d.Sealed)
 		sealedLen = len(plain) + TagLen
 	}
-	if len(d.Clear) > maxPart || sealedLen > maxPart {
-		return nil, fmt.Errorf("document of %d + %d bytes is too large", len(d.Clear), sealedLen)
+	if len(d.Clear) > maxPart || sealedLen > maxPart || HeaderLen+8+len(d.Clear)+sealedLen+sigLen > maxObject {
+		return nil, fmt.Errorf("document of %d + %d bytes: %w", len(d.Clear), sealedLen, ErrTooLarge)
 	}
 	p := d.Header.Append(make([]byte, 0, HeaderLen+8+len(d.Clear)+sealedLen+sigLen))
 	p = binary.LittleEndian.AppendUint32(p, uint32(len(d.Clear)))
@@ -227,16 +231,24 @@ func (r *Raw) Verify(repo [16]byte, pub ed25519.PublicKey) error {
 }
 
 // Open decrypts the sealed part.
-func (r *Raw) Open(key *Key, purpose string) ([]byte, error) {
+func (r *Raw) Open(key *Key, purpose string) ([]byte, error) { return r.open(nil, key, purpose) }
+
+// OpenOver is Open that needs no more memory: the document's bytes are
+// overwritten, and the result lies there. It can be done once.
+func (r *Raw) OpenOver(key *Key, purpose string) ([]byte, error) {
+	return r.open(r.sealed[:0], key, purpose)
+}
+
+func (r *Raw) open(dst []byte, key *Key, purpose string) ([]byte, error) {
 	if len(r.sealed) == 0 {
 		return nil, fmt.Errorf("%w: nothing sealed", ErrDamaged)
 	}
 	k := key.Derive(r.Header.Salt[:], purpose)
-	plain, err := k.AEAD().Open(nil, make([]byte, 12), r.sealed, r.ad)
+	plain, err := k.AEAD().Open(dst, make([]byte, 12), r.sealed, r.ad)
 	if err != nil {
 		return nil, fmt.Errorf("%w: does not open with its key", ErrDamaged)
 	}
-	content, err := codec.Decode(nil, plain, maxContent)
+	content, err := codec.Take(plain, MaxContent)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}

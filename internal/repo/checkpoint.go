@@ -1,0 +1,309 @@
+package repo
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"holdfast/internal/repo/internal/pack"
+	"holdfast/internal/repo/internal/seal"
+)
+
+// parts are the members of a checkpoint (docs/format.md §6.4): each gives a
+// part of the state as JSON and takes it from there. What a state holds and is
+// not here is lost to whoever starts to read at a checkpoint; a test goes
+// through the fields. adds are the entry's, in their order.
+func (s *state) parts(adds []seal.Hex) map[string]any {
+	return map[string]any{
+		"points":      &via[[]Point]{s.living, s.setLiving},
+		"committed":   &s.committed,
+		"keep":        &s.keep,
+		"forgotten":   &via[[]PointID]{s.gone, s.setGone},
+		"pinned":      &via[[]Point]{s.pinned, s.setPinned},
+		"added":       &via[[]addedPart]{func() []addedPart { return s.addedBy(adds) }, func(p []addedPart) error { return s.setAdded(adds, p) }},
+		"quarantine":  &via[map[string]uint64]{s.quarantineHex, s.setQuarantine},
+		"distrust":    &via[[]badItem]{s.badItems, s.setBad},
+		"over":        &s.over,
+		"keyring":     &s.keyring,
+		"removed":     &via[[]string]{func() []string { return slices.Sorted(maps.Keys(s.removed)) }, s.setRemoved},
+		"quarantined": &s.quarantined,
+		"moved":       &s.moved,
+		"mended":      &s.mended,
+		"tiers":       &s.tiers,
+		"locks":       &s.locks,
+		"before":      &via[uint64]{func() uint64 { return s.checkpoint }, func(n uint64) error { s.older = n; return nil }},
+	}
+}
+
+// via is a member that has another form in the checkpoint than in the state.
+type via[T any] struct {
+	get func() T
+	set func(T) error
+}
+
+func (v *via[T]) MarshalJSON() ([]byte, error) { return json.Marshal(v.get()) }
+
+func (v *via[T]) UnmarshalJSON(p []byte) error {
+	var t T
+	if err := json.Unmarshal(p, &t); err != nil {
+		return err
+	}
+	return v.set(t)
+}
+
+// content is the sealed part of a checkpoint with this state.
+func (s *state) content() ([]byte, error) { return json.Marshal(s.parts(s.adds())) }
+
+// adds lists the live index objects in the order in which they were added.
+func (s *state) adds() []seal.Hex {
+	live := slices.SortedFunc(maps.Keys(s.indexes), func(a, b [32]byte) int {
+		if ea, eb := s.added[a].entry, s.added[b].entry; ea != eb {
+			return int(int64(ea) - int64(eb))
+		}
+		return bytes.Compare(a[:], b[:])
+	})
+	adds := make([]seal.Hex, len(live))
+	for i, d := range live {
+		adds[i] = d[:]
+	}
+	return adds
+}
+
+// takeCheckpoint puts the checkpoint's state in the place of this one, and
+// makes gaps before it be over. In a state that is being proved, what it says
+// must be what the entries before it have said.
+func (s *state) takeCheckpoint(c *entryClear, content []byte) error {
+	n := newState([32]byte{})
+	if err := n.read(c.Adds, content); err != nil {
+		return err
+	}
+	n.checkpoint = c.Number
+	if s.proving && !s.unknown && len(s.gaps) == 0 {
+		if err := s.agrees(n); err != nil {
+			return err
+		}
+	}
+	n.healed = slices.Concat(s.healed, s.gaps)
+	n.head, n.digest, n.unknown, n.proving = s.head, s.digest, s.unknown, s.proving
+	*s = *n
+	return nil
+}
+
+// read takes a checkpoint's members into an empty state.
+func (s *state) read(adds []seal.Hex, content []byte) error {
+	var members map[string]json.RawMessage
+	if err := seal.Unmarshal(content, &members); err != nil {
+		return err
+	}
+	parts := s.parts(adds)
+	for name, value := range members {
+		part, ok := parts[name]
+		if !ok {
+			return fmt.Errorf("%w: a checkpoint with %q", ErrVersion, name)
+		}
+		if string(value) == "null" {
+			continue
+		}
+		if err := seal.Unmarshal(value, part); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	if len(s.added) != len(adds) {
+		return fmt.Errorf("%w: %d index objects, of %d it is told who added them", ErrDamaged, len(adds), len(s.added))
+	}
+	return nil
+}
+
+// agrees reports whether a checkpoint that follows this state tells it, with
+// nothing left out but what may be.
+func (s *state) agrees(c *state) error {
+	b := s.clone()
+	for lease, k := range s.over {
+		if _, there := c.over[lease]; !there && k == kindCommit {
+			delete(b.over, lease)
+		}
+	}
+	for name := range s.quarantine {
+		if c.quarantine[name] == 0 {
+			delete(b.quarantine, name)
+		}
+	}
+	for key := range s.bad {
+		if !c.bad[key] {
+			delete(b.bad, key)
+		}
+	}
+	for id := range s.forgotten {
+		if there, ok := c.forgotten[id]; ok && there == nil {
+			b.forgotten[id] = nil
+		}
+	}
+	b.checkpoint, b.older = c.checkpoint, s.checkpoint
+	if what, err := b.differs(c); err != nil {
+		return err
+	} else if what != "" {
+		return fmt.Errorf("%w: the checkpoint's %s are not what the entries before it say", ErrDamaged, what)
+	}
+	return nil
+}
+
+// differs names what the states do not have in common; "" when they are equal.
+// Their places in the chain are not compared.
+func (s *state) differs(o *state) (string, error) {
+	adds, others := s.adds(), o.adds()
+	if !slices.EqualFunc(adds, others, func(a, b seal.Hex) bool { return bytes.Equal(a, b) }) {
+		return "adds", nil
+	}
+	if s.older != o.older {
+		return "before", nil
+	}
+	theirs := o.parts(others)
+	for name, part := range s.parts(adds) {
+		a, err := json.Marshal(part)
+		if err != nil {
+			return "", err
+		}
+		b, err := json.Marshal(theirs[name])
+		if err != nil {
+			return "", err
+		}
+		if !bytes.Equal(a, b) {
+			return name, nil
+		}
+	}
+	return "", nil
+}
+
+func (s *state) living() []Point {
+	points := make([]Point, 0, len(s.points))
+	for _, id := range s.order {
+		if p, ok := s.points[id]; ok {
+			points = append(points, p)
+		}
+	}
+	return points
+}
+
+func (s *state) setLiving(points []Point) error {
+	for _, p := range points {
+		if _, twice := s.points[p.ID]; twice || p.ID == "" {
+			return fmt.Errorf("%w: point %.80q", ErrDamaged, p.ID)
+		}
+		s.points[p.ID] = p
+		s.order = append(s.order, p.ID)
+	}
+	return nil
+}
+
+func (s *state) gone() []PointID { return slices.Sorted(maps.Keys(s.forgotten)) }
+
+func (s *state) setGone(ids []PointID) error {
+	for _, id := range ids {
+		if _, known := s.forgotten[id]; !known { // pinned ones may have come first
+			s.forgotten[id] = nil
+		}
+	}
+	return nil
+}
+
+// pinned gives the forgotten points that are known whole.
+func (s *state) pinned() []Point {
+	points := []Point{}
+	for _, p := range s.forgotten {
+		if p != nil {
+			points = append(points, *p)
+		}
+	}
+	slices.SortFunc(points, func(a, b Point) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return points
+}
+
+func (s *state) setPinned(points []Point) error {
+	for _, p := range points {
+		s.forgotten[p.ID] = &p
+	}
+	return nil
+}
+
+// addedPart is an adding in a checkpoint.
+type addedPart struct {
+	Entry uint64 `json:"entry"`
+	Lease string `json:"lease,omitempty"`
+}
+
+func (s *state) addedBy(adds []seal.Hex) []addedPart {
+	parts := make([]addedPart, len(adds))
+	for i, d := range adds {
+		a := s.added[[32]byte(d)]
+		parts[i] = addedPart{a.entry, a.lease}
+	}
+	return parts
+}
+
+func (s *state) setAdded(adds []seal.Hex, parts []addedPart) error {
+	if len(parts) != len(adds) {
+		return fmt.Errorf("%w: %d for %d index objects", ErrDamaged, len(parts), len(adds))
+	}
+	for i, d := range adds {
+		if len(d) != 32 {
+			return fmt.Errorf("%w: index digest", ErrDamaged)
+		}
+		s.indexes[[32]byte(d)] = true
+		s.added[[32]byte(d)] = adding{parts[i].Entry, parts[i].Lease}
+	}
+	return nil
+}
+
+func (s *state) quarantineHex() map[string]uint64 {
+	m := make(map[string]uint64, len(s.quarantine))
+	for name, entry := range s.quarantine {
+		m[hex.EncodeToString(name[:])] = entry
+	}
+	return m
+}
+
+func (s *state) setQuarantine(m map[string]uint64) error {
+	for h, entry := range m {
+		name, err := parseDigest(h)
+		if err != nil {
+			return err
+		}
+		s.quarantine[name] = entry
+	}
+	return nil
+}
+
+func (s *state) badItems() []badItem {
+	items := make([]badItem, 0, len(s.bad))
+	for k := range s.bad {
+		items = append(items, badItem{k.pack[:], k.id[:]})
+	}
+	slices.SortFunc(items, func(a, b badItem) int {
+		if c := bytes.Compare(a.Pack, b.Pack); c != 0 {
+			return c
+		}
+		return bytes.Compare(a.ID, b.ID)
+	})
+	return items
+}
+
+func (s *state) setBad(items []badItem) error {
+	for _, i := range items {
+		if len(i.Pack) != 32 || len(i.ID) != 32 {
+			return fmt.Errorf("%w: distrusted item", ErrDamaged)
+		}
+		s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
+	}
+	return nil
+}
+
+func (s *state) setRemoved(ids []string) error {
+	for _, id := range ids {
+		s.removed[id] = true
+	}
+	return nil
+}

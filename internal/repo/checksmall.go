@@ -1,0 +1,60 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/seal"
+)
+
+// small reads leases, beats and pins. No data is lost with one of them, but
+// prune waits for a lease that it cannot read, and refuses for a pin.
+func (c *checker) small(ctx context.Context) error {
+	names, err := listNames(ctx, c.r.store, "leases/")
+	pins, pinsErr := listNames(ctx, c.r.store, "pins/")
+	if err = errors.Join(err, pinsErr); err != nil {
+		return err
+	}
+	for _, name := range append(names, pins...) {
+		_, rest, _ := strings.Cut(name, "/")
+		session, _, beat := strings.Cut(rest, ".")
+		var what string
+		switch {
+		case strings.HasPrefix(name, "pins/"):
+			_, err = c.r.readPin(ctx, name)
+			what = fmt.Sprintf("prune refuses as long as it is there; when its session is gone for certain: holdfast unpin %s --force", session)
+		case beat:
+			err = c.r.readBeat(ctx, name)
+			what = "only its name counts; it goes with its run"
+		default:
+			_, err = c.r.readLease(ctx, session)
+			what = "prune waits for its run; if that has died, \"holdfast prune --wait\" finds out and ends it"
+		}
+		switch {
+		case err == nil, errors.Is(err, blob.ErrNotExist), errors.Is(err, seal.ErrForeign):
+		case errors.Is(err, ErrDamaged):
+			c.problem(Problem{Object: name, What: fmt.Sprintf("%v; %s", err, what)})
+		default:
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Repo) readBeat(ctx context.Context, name string) error {
+	raw, err := getDocument(ctx, r.store, name, seal.Beat, r.id)
+	if err != nil {
+		return err
+	}
+	master, err := r.master(ctx, raw.Header.Key)
+	if err == nil {
+		_, err = raw.Open(master, "lease")
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}

@@ -1,0 +1,326 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"holdfast/internal/blob"
+)
+
+// Immutability is the repository's rule on locks (docs/format.md §6.3): all that
+// a restore point needs cannot be deleted from the store for so many days after
+// it was made.
+type Immutability struct {
+	Days int `json:"days"` // 0: no rule
+	// Mode is "governance" or "compliance"; with Days 0 that of the last rule,
+	// "" if there never was one.
+	Mode string `json:"mode"`
+}
+
+const (
+	// MaxImmutableDays bounds Immutability.Days.
+	MaxImmutableDays = 36500
+
+	day = 24 * time.Hour
+	// lockStep is what ends of locks are rounded up to, so that an object is
+	// locked again once in a step.
+	lockStep = 7 * day
+	// lockMargin is how much the store's clock may be ahead of this machine's.
+	lockMargin = day
+	// locking is how many objects are locked at once: each takes some requests.
+	locking = 16
+)
+
+// lockState is the rule, and what bears on locks besides.
+type lockState struct {
+	Immutability
+	Commit     uint64 `json:"commit"`     // the newest commit entry
+	Distrusted uint64 `json:"distrusted"` // the newest entry that made items rest on other copies
+}
+
+func (l *lockState) take(rule *Immutability) error {
+	if rule == nil || rule.Days < 0 || rule.Days > MaxImmutableDays {
+		return fmt.Errorf("%w: rule on locks", ErrDamaged)
+	}
+	if rule.Days > 0 && lockMode(rule.Mode) == 0 {
+		return fmt.Errorf("%w: lock mode %.20q", ErrVersion, rule.Mode)
+	}
+	l.Days = rule.Days
+	if lockMode(rule.Mode) != 0 {
+		l.Mode = rule.Mode
+	}
+	return nil
+}
+
+// lockMode is the mode of that name; 0 for none.
+func lockMode(name string) blob.LockMode {
+	for _, m := range []blob.LockMode{blob.Governance, blob.Compliance} {
+		if m.String() == name {
+			return m
+		}
+	}
+	return 0
+}
+
+// want is the least lock of what a point needs that is committed at that time.
+func (l *lockState) want(now time.Time) blob.Lock {
+	return blob.Lock{Until: now.Add(time.Duration(l.Days)*day + lockMargin), Mode: lockMode(l.Mode)}
+}
+
+// rootKey is under what the lock cache has a whole map: all its items have a
+// good copy that is locked. Distrust may take that copy, and nothing else does.
+func (l *lockState) rootKey(r Root) string {
+	return "map " + string(r) + " " + strconv.FormatUint(l.Distrusted, 10)
+}
+
+// lockEnd is when a lock ends that is to hold until t at least.
+func lockEnd(t time.Time) time.Time {
+	const step = int64(lockStep / time.Second)
+	return time.Unix((t.Unix()/step+1)*step, 0).UTC()
+}
+
+// Immutable tells the rule.
+func (r *Repo) Immutable(ctx context.Context) (Immutability, error) {
+	err := r.refresh(ctx)
+	return r.current().locks.Immutability, err
+}
+
+// TryLocks proves that a store keeps locks of that mode. blob.ErrNoLock is the
+// proof of the contrary.
+func TryLocks(ctx context.Context, s blob.Store, mode string) error {
+	m := lockMode(mode)
+	if m == 0 {
+		return fmt.Errorf("lock mode %q is neither governance nor compliance", mode)
+	}
+	l, ok := blob.As[blob.Locker](s)
+	if !ok {
+		return fmt.Errorf("%w: it has no means to", blob.ErrNoLock)
+	}
+	return l.Canary(ctx, m)
+}
+
+// ErrLockMode is returned by SetImmutable: locks that are held do not become
+// compliance locks.
+var ErrLockMode = errors.New("there are governance locks, which nobody turns into compliance locks")
+
+// SetImmutable sets the rule, once the store has proved that it keeps it, and
+// locks what all living points need. When only the latter fails, the rule is
+// set, and check does the rest. report is told how many objects are locked.
+func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(done, total int64)) error {
+	if rule.Days < 0 || rule.Days > MaxImmutableDays {
+		return fmt.Errorf("immutable for %d days: at most %d", rule.Days, MaxImmutableDays)
+	}
+	if rule.Days == 0 {
+		rule.Mode = ""
+	} else if err := TryLocks(ctx, r.store, rule.Mode); err != nil {
+		return fmt.Errorf("nothing was changed: %w", err)
+	}
+	allowed := func(s *state) error {
+		switch {
+		case rule.Days > 0 && lockMode(s.locks.Mode) == blob.Governance && lockMode(rule.Mode) == blob.Compliance:
+			return ErrLockMode
+		case rule.Days == s.locks.Days && (rule.Days == 0 || rule.Mode == s.locks.Mode):
+			return errNothing
+		}
+		return nil
+	}
+	err := r.append(ctx, kindLocks, entryClear{Locks: &rule}, entrySealed{}, allowed)
+	if err != nil && !errors.Is(err, errNothing) {
+		return fmt.Errorf("immutability: %w", err)
+	}
+	s := r.current()
+	now := r.now()
+	until := func(p *Point) time.Time { return later(s.locks.want(now).Until, keptUntil(s, p.ID, now)) }
+	if err := r.protect(ctx, s, until, report); err != nil {
+		return fmt.Errorf("the rule is set, but not all is locked yet, which \"holdfast check\" does: %w", err)
+	}
+	return nil
+}
+
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
+// keptUntil is until when a mark wants a point's locks to hold; zero for not
+// at all.
+func keptUntil(s *state, id PointID, now time.Time) time.Time {
+	mark := s.keep[id]
+	if s.locks.Days == 0 || !mark.Holds(now) {
+		return time.Time{}
+	}
+	t, err := time.Parse(time.RFC3339, string(mark))
+	if err != nil { // for ever
+		return s.locks.want(now).Until
+	}
+	if most := now.Add(MaxImmutableDays * day); t.After(most) {
+		return most
+	}
+	return t
+}
+
+// promised is until when the rule wants a point to be locked; zero when that
+// is over.
+func promised(s *state, p *Point, now time.Time) time.Time {
+	t := p.Time.Add(time.Duration(s.locks.Days) * day)
+	if s.locks.Days == 0 || !t.After(now) || p.Time.After(now.Add(lockMargin)) {
+		return time.Time{}
+	}
+	return t
+}
+
+// protect locks what living points need until the times that until gives; zero
+// for a point that is left out.
+func (r *Repo) protect(ctx context.Context, s *state, until func(*Point) time.Time, report func(done, total int64)) error {
+	if s.locks.Days == 0 {
+		return nil
+	}
+	ends, err := r.needsOf(ctx, s, until)
+	if err != nil || len(ends) == 0 {
+		return err
+	}
+	return r.lockEach(ctx, ends, lockMode(s.locks.Mode), report)
+}
+
+// needsOf gives what living points need, and until when it is to be locked:
+// the latest of what until says for the points.
+func (r *Repo) needsOf(ctx context.Context, s *state, until func(*Point) time.Time) (map[string]time.Time, error) {
+	type claim struct {
+		p     Point
+		until time.Time
+	}
+	var claims []claim
+	for _, id := range s.order {
+		if p, ok := s.points[id]; ok {
+			if t := until(&p); !t.IsZero() {
+				claims = append(claims, claim{p, t})
+			}
+		}
+	}
+	ends := map[string]time.Time{}
+	if len(claims) == 0 {
+		return ends, nil
+	}
+	slices.SortStableFunc(claims, func(a, b claim) int { return b.until.Compare(a.until) })
+	common, err := r.common(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range common {
+		ends[name] = claims[0].until
+	}
+	n := newNeeds(r.node, r.presentIn)
+	for _, c := range claims { // the latest first: what was seen is locked long enough
+		if err := n.point(ctx, &c.p); err != nil {
+			return nil, err
+		}
+		for _, pack := range n.take() {
+			ends[packName(pack)] = c.until
+		}
+	}
+	return ends, nil
+}
+
+// common lists what every point needs besides packs.
+func (r *Repo) common(ctx context.Context, s *state) ([]string, error) {
+	names, err := r.keyNames(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for n := max(1, s.older); n <= s.head; n++ {
+		names = append(names, entryName(n))
+	}
+	for d := range s.indexes {
+		names = append(names, indexName(d))
+	}
+	return names, nil
+}
+
+// lock makes sure that objects are locked at least so, as this machine has read
+// back now or earlier.
+func (r *Repo) lock(ctx context.Context, names []string, want blob.Lock) error {
+	ends := make(map[string]time.Time, len(names))
+	for _, name := range names {
+		ends[name] = want.Until
+	}
+	return r.lockEach(ctx, ends, want.Mode, nil)
+}
+
+func (r *Repo) lockEach(ctx context.Context, ends map[string]time.Time, mode blob.LockMode, report func(done, total int64)) error {
+	maps.DeleteFunc(ends, func(name string, until time.Time) bool {
+		return r.locks.holds(name, blob.Lock{Until: until, Mode: mode})
+	})
+	if len(ends) == 0 {
+		return nil
+	}
+	locker, ok := blob.As[blob.Locker](r.store)
+	if !ok {
+		return fmt.Errorf("%w: it has no means to", blob.ErrNoLock)
+	}
+	var done atomic.Int64
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(locking)
+	for name, until := range ends {
+		g.Go(func() error {
+			l := blob.Lock{Until: lockEnd(until), Mode: mode}
+			if err := locker.Lock(gctx, name, l); err != nil {
+				return fmt.Errorf("lock %s: %w", name, err)
+			}
+			r.locks.set(name, l)
+			if n := done.Add(1); report != nil {
+				report(n, int64(len(ends)))
+			}
+			return nil
+		})
+	}
+	return errors.Join(g.Wait(), r.locks.save(r.now()))
+}
+
+// lockKeys locks keys that were just made, as lockEntry does.
+func (r *Repo) lockKeys(ctx context.Context) {
+	s := r.current()
+	if s.locks.Days == 0 {
+		return
+	}
+	names, err := r.keyNames(ctx)
+	if err == nil {
+		_ = r.lock(ctx, names, s.locks.want(r.now()))
+	}
+}
+
+// keyNames lists what opens the repository.
+func (r *Repo) keyNames(ctx context.Context) ([]string, error) {
+	docs, u, err := r.slots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	names := []string{configName, u.name}
+	for _, k := range docs {
+		if r.slotState(u, k) == SlotCurrent {
+			names = append(names, slotName(k.id))
+		}
+	}
+	return names, nil
+}
+
+// lockEntry locks an entry that was just created. When it cannot, the next run
+// or check does.
+func (r *Repo) lockEntry(ctx context.Context, n uint64) {
+	s := r.current()
+	if s.locks.Days == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	_ = r.lock(ctx, []string{entryName(n)}, s.locks.want(r.now()))
+}
