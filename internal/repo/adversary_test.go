@@ -136,6 +136,7 @@ func TestLostWithItsIndex(t *testing.T) {
 // what was dead when it was marked, makes the prune mark again: at no moment is
 // a point on a pack in quarantine.
 func TestQuarantineRightBehind(t *testing.T) {
+	long(t)
 	made := new(blob.Mem)
 	r := create(t, made)
 	content := random(1, 5)

@@ -22,6 +22,7 @@ import (
 //
 // HOLDFAST_SOAK=1 takes every byte.
 func TestBitRot(t *testing.T) {
+	long(t)
 	rng := rng(t)
 	w := newRotten(t, rng)
 	tried := 0
@@ -53,6 +54,7 @@ func TestBitRot(t *testing.T) {
 // Objects that are cut, longer, empty, gone, or another one than their name says,
 // are found and dealt with as those in which a byte has changed.
 func TestObjectRot(t *testing.T) {
+	long(t)
 	rng := rng(t)
 	w := newRotten(t, rng)
 	tried := 0

@@ -328,6 +328,7 @@ func checkpointed(t *testing.T) (*blob.Mem, *Repo, map[PointID][]byte) {
 // Two checkpoints remain, so that no damaged entry costs a point: not the
 // first one, nor the one before the newest, nor what is between them.
 func TestCheckpointDamage(t *testing.T) {
+	long(t)
 	store, r, contents := checkpointed(t)
 	s := r.current()
 	for n := s.older; n <= s.checkpoint; n++ {
@@ -628,6 +629,7 @@ func TestCheckpointTooLarge(t *testing.T) {
 // The power goes at any call while a checkpoint is written and entries are
 // deleted, and when that is done for the second time.
 func TestCheckpointPowerLoss(t *testing.T) {
+	long(t)
 	w := newCrashWorld(t)
 	for _, every := range []uint64{1 << 20, 3} {
 		if every == 3 { // two checkpoints are there already
@@ -730,6 +732,7 @@ func TestCheckpointParallel(t *testing.T) {
 // entries before it are deleted or only some, and is not misled by damage
 // that a checkpoint has made good.
 func TestCheckpointIndependentReader(t *testing.T) {
+	long(t)
 	needPython(t)
 	dir := filepath.Join(t.TempDir(), "repo")
 	store, err := blob.CreateDir(dir)

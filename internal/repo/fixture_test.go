@@ -46,3 +46,12 @@ func testFixture(t *testing.T, dir string) {
 		t.Fatalf("%v, %v", points, err)
 	}
 }
+
+// long is for tests that go through every call or byte in one goroutine: the
+// race detector finds nothing in them, and takes minutes.
+func long(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("it is left out of short runs")
+	}
+}

@@ -43,6 +43,7 @@ func lose(t *testing.T, s *blob.Mem, prefixes ...string) {
 // Whatever of config, slots and keyrings is lost comes back, also when the power
 // goes at any call meanwhile.
 func TestImport(t *testing.T) {
+	long(t)
 	base, p, content := keyed(t)
 	if _, err := mustOpen(t, base, secret).Rotate(ctx); err != nil {
 		t.Fatal(err)

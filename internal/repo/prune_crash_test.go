@@ -179,6 +179,7 @@ func everyCall(t *testing.T, w *crashWorld, scenario func(s blob.Store) (committ
 
 // A prune on a store that fails one call and works again does harm to nothing.
 func TestPruneOneFault(t *testing.T) {
+	long(t)
 	w := newCrashWorld(t)
 	step := 9
 	if os.Getenv("HOLDFAST_SOAK") != "" {
@@ -210,6 +211,7 @@ func open(t *testing.T, s blob.Store) *Repo {
 }
 
 func TestPrunePowerLoss(t *testing.T) {
+	long(t)
 	w := newCrashWorld(t)
 	everyCall(t, w, func(s blob.Store) map[PointID][]byte {
 		if r := open(t, s); r != nil && r.Forget(ctx, w.dead, time.Now()) == nil {
@@ -231,6 +233,7 @@ func TestKeepPowerLoss(t *testing.T) {
 
 // forget and prune beside a backup that is under way, in one machine that loses power.
 func TestPruneBesideRunPowerLoss(t *testing.T) {
+	long(t)
 	w := newCrashWorld(t)
 	content := slices.Concat(w.contents[w.stays], random(7, 4))
 	everyCall(t, w, func(s blob.Store) map[PointID][]byte {

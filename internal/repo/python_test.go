@@ -93,6 +93,7 @@ func saveDisks(r *Repo, vm string, disks map[string][]byte, base *Point, changed
 // What the program writes, docs/format.md describes: a reader that knows
 // nothing else gives back each disk and file byte for byte.
 func TestIndependentReader(t *testing.T) {
+	long(t)
 	needPython(t)
 	rng := rng(t)
 	dir := filepath.Join(t.TempDir(), "repo")

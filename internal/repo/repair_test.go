@@ -227,6 +227,7 @@ func twins(t *testing.T, rng *rand.Rand) (mem, other *blob.Mem, points []*Point,
 // nodes; what that one has not stays lost and is told. Nothing is deleted or
 // overwritten.
 func TestRepair(t *testing.T) {
+	long(t)
 	rng := rng(t)
 	mem, other, points, contents := twins(t, rng)
 	packs, _ := listNames(ctx, mem, "packs/")
@@ -282,6 +283,7 @@ func TestRepair(t *testing.T) {
 // A repair that is cut off at any call leaves a repository that can be
 // repaired, and loses nothing.
 func TestRepairCut(t *testing.T) {
+	long(t)
 	mem, other, points, contents := twins(t, rng(t))
 	packs, _ := listNames(ctx, mem, "packs/")
 	mem.Delete(ctx, packs[0])

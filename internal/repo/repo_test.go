@@ -391,6 +391,7 @@ func TestWriters(t *testing.T) {
 // did its work. Every committed point must be whole afterwards, and the next
 // run must work.
 func TestPowerLoss(t *testing.T) {
+	long(t)
 	rng := rand.New(rand.NewPCG(3, 4))
 	first, second := image(rng, 12*ChunkSize), image(rng, 12*ChunkSize)
 	copy(second, first[:5*ChunkSize])
@@ -481,6 +482,7 @@ func TestOneFault(t *testing.T) {
 }
 
 func TestOpenErrors(t *testing.T) {
+	long(t)
 	store := new(blob.Mem)
 	r, err := Init(ctx, store, secret, Options{Cache: t.TempDir()}) // with the real derivation once
 	if err != nil {

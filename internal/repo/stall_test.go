@@ -208,6 +208,7 @@ func TestPinOfNobody(t *testing.T) {
 // behind what it has looked at, and what it still deletes was out of the
 // inventory for good.
 func TestStalledPrune(t *testing.T) {
+	long(t)
 	blobtest.Bubble(t, func(t *testing.T) {
 		revoked := 0
 		for after := 100 * time.Millisecond; after < 40*time.Second; after += 1700 * time.Millisecond {

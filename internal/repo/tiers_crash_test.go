@@ -136,6 +136,7 @@ func TestTierBackPowerLoss(t *testing.T) {
 
 // A call that fails, and works when it is made again, does harm to nothing.
 func TestTierOneFault(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	whole := []PointID{w.points[0].ID, w.points[1].ID}
@@ -170,6 +171,7 @@ func TestTierOneFault(t *testing.T) {
 
 // The tier takes the place of the own store, cut off anywhere.
 func TestTierTakeOverPowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	for at := 1; at < 20; at++ {
