@@ -65,7 +65,7 @@ func run(ctx context.Context, bin, data, out string, quick, clean bool, runs int
 	if bin, err = filepath.Abs(bin); err != nil {
 		return err
 	}
-	b := &bench{bin: bin, data: data, runs: runs, size: 10 << 30, began: time.Now(), times: map[string][]time.Duration{}}
+	b := &bench{bin: bin, data: data, runs: runs, size: 10 << 30, began: time.Now(), times: map[string][]time.Duration{}, sizes: map[string]int64{}}
 	if quick {
 		b.runs, b.size = 1, 2<<30
 	}
@@ -105,10 +105,11 @@ type bench struct {
 
 	used   int64 // bytes of the disk that hold data
 	times  map[string][]time.Duration
-	rss    []int64 // peak memory of each full backup, bytes
-	stored int64   // bytes in the repository after the full backup
-	work   string  // scratch, on the same filesystem as the data
-	store  string  // the guests' storage
+	rss    []int64          // peak memory of each full backup, bytes
+	sizes  map[string]int64 // bytes stored by full backups
+	absent []string         // peers that are not installed
+	work   string           // scratch, on the same filesystem as the data
+	store  string           // the guests' storage
 	keep   []*lab.Guest
 	tools  []*cli.Tool
 }
@@ -201,6 +202,10 @@ func (b *bench) disks(ctx context.Context, run int) error {
 	if err != nil {
 		return err
 	}
+	small := &cli.Tool{Bin: b.bin, Repo: filepath.Join(dir, "small"), State: filepath.Join(dir, "small-state"), Passphrase: "bench"}
+	if err := small.Run(ctx, "init").Err(); err != nil {
+		return err
+	}
 	copied := filepath.Join(dir, "copy.raw")
 	restored := filepath.Join(dir, "restored")
 	kinds := []struct {
@@ -208,6 +213,7 @@ func (b *bench) disks(ctx context.Context, run int) error {
 		do    func() error
 		after func() error
 	}{
+		{"cat", func() error { return warm(b.disk()) }, nil},
 		{"copy", func() error {
 			return command(ctx, "qemu-img", "convert", "-f", "raw", "-O", "raw", b.disk(), copied)
 		}, func() error { return os.Remove(copied) }},
@@ -216,8 +222,12 @@ func (b *bench) disks(ctx context.Context, run int) error {
 			b.rss = append(b.rss, r.MaxRSS)
 			return r.Err()
 		}, func() error {
-			b.stored, err = usage(tool.Repo)
+			b.sizes["backup"], err = usage(tool.Repo)
 			return err
+		}},
+		{"backup, small", func() error { return small.Run(ctx, "backup", b.source(), "--compression", "small").Err() }, func() error {
+			b.sizes["backup, small"], err = usage(small.Repo)
+			return errors.Join(err, os.RemoveAll(small.Repo))
 		}},
 		{"unchanged", func() error { return tool.Run(ctx, "backup", b.source()).Err() }, nil},
 		{"restore", func() error {
@@ -230,10 +240,7 @@ func (b *bench) disks(ctx context.Context, run int) error {
 		}},
 	}
 	for _, k := range kinds {
-		if err := errors.Join(level(filepath.Join(b.work, "fill")), warm(b.disk())); err != nil {
-			return err
-		}
-		if err := syncAll(b.work); err != nil {
+		if err := b.calm(b.disk()); err != nil {
 			return err
 		}
 		from := time.Now()
@@ -243,13 +250,19 @@ func (b *bench) disks(ctx context.Context, run int) error {
 		if err := syncAll(b.work); err != nil {
 			return err
 		}
-		took := time.Since(from)
-		b.times[k.name] = append(b.times[k.name], took)
-		b.say("%s: %.1f s", k.name, took.Seconds())
+		b.add(k.name, time.Since(from))
 		if k.after != nil {
 			if err := k.after(); err != nil {
 				return err
 			}
+		}
+	}
+	if err := b.publish(ctx, tool, dir); err != nil {
+		return err
+	}
+	for _, p := range peers {
+		if err := b.peer(ctx, p, run); err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
 		}
 	}
 	return nil
