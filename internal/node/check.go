@@ -200,20 +200,9 @@ func (n *Node) from(ctx context.Context, q RepairRequest) (from *Node, done func
 	if err != nil {
 		return nil, nil, err
 	}
-	remove := func() error { return os.RemoveAll(cache) }
-	o := n.o
-	o.Repo, o.Passphrase = q.From, q.Passphrase
-	from = &Node{o: o, state: n.state, cache: cache}
-	_, err = from.Repo(ctx)
-	switch {
-	case errors.Is(err, repo.ErrPassphrase):
-		err = fmt.Errorf("--from: %w; check HOLDFAST_FROM_PASSPHRASE or HOLDFAST_FROM_PASSPHRASE_FILE, or type it again", err)
-	case errors.Is(err, repo.ErrNotRepository):
-		err = fmt.Errorf("--from: %w; check --from", err)
-	case err != nil:
-		err = fmt.Errorf("--from: %w", err)
-	default:
-		return from, func() error { return errors.Join(from.Close(), remove()) }, nil
+	from, err = n.second(ctx, "from", q.From, cache, q.Passphrase)
+	if err != nil {
+		return nil, nil, errors.Join(err, os.RemoveAll(cache))
 	}
-	return nil, nil, errors.Join(err, remove())
+	return from, func() error { return errors.Join(from.Close(), os.RemoveAll(cache)) }, nil
 }

@@ -88,18 +88,29 @@ func (n *Node) other(ctx context.Context, q CopyRequest) (*Node, error) {
 	if q.To == "" {
 		return nil, usage("no repository to copy to: name it with --to")
 	}
-	o := n.o
-	o.Repo, o.Passphrase = q.To, q.Passphrase
-	other := &Node{o: o, state: n.state}
-	_, err := other.Repo(ctx)
-	if errors.Is(err, repo.ErrPassphrase) {
-		return nil, fmt.Errorf("--to: %w; check HOLDFAST_TO_PASSPHRASE or HOLDFAST_TO_PASSPHRASE_FILE, or type it again", err)
-	} else if errors.Is(err, repo.ErrNotRepository) {
-		return nil, fmt.Errorf("--to: %w; check --to, or make one there with \"holdfast init --repo %s\"", err, q.To)
-	} else if err != nil {
-		return nil, fmt.Errorf("--to: %w", err)
+	other, err := n.second(ctx, "to", q.To, "", q.Passphrase)
+	if errors.Is(err, repo.ErrNotRepository) {
+		return nil, fmt.Errorf("%w, or make one there with \"holdfast init --repo %s\"", err, q.To)
 	}
-	return other, nil
+	return other, err
+}
+
+// second opens another repository, which that flag names. cache is where, "" for
+// the state directory's.
+func (n *Node) second(ctx context.Context, flag, location, cache string, passphrase func(context.Context, bool) ([]byte, error)) (*Node, error) {
+	o := n.o
+	o.Repo, o.Passphrase = location, passphrase
+	second := &Node{o: o, state: n.state, cache: cache}
+	_, err := second.Repo(ctx)
+	switch env := "HOLDFAST_" + strings.ToUpper(flag) + "_PASSPHRASE"; {
+	case errors.Is(err, repo.ErrPassphrase):
+		return nil, fmt.Errorf("--%s: %w; check %s or %s_FILE, or type it again", flag, err, env, env)
+	case errors.Is(err, repo.ErrNotRepository):
+		return nil, fmt.Errorf("--%s: %w; check --%s", flag, err, flag)
+	case err != nil:
+		return nil, fmt.Errorf("--%s: %w", flag, err)
+	}
+	return second, nil
 }
 
 // How a point was chosen.
