@@ -66,12 +66,17 @@ func entryNumbers(ctx context.Context, s blob.Store) ([]uint64, error) {
 	}
 	var numbers []uint64
 	for _, name := range names {
-		n, err := strconv.ParseUint(strings.TrimPrefix(name, "chain/"), 10, 64)
-		if err == nil && n > 0 && entryName(n) == name {
+		if n, ok := entryNumber(name); ok {
 			numbers = append(numbers, n)
 		}
 	}
 	return numbers, nil
+}
+
+// entryNumber is the number of the entry of that name.
+func entryNumber(name string) (uint64, bool) {
+	n, err := strconv.ParseUint(strings.TrimPrefix(name, "chain/"), 10, 64)
+	return n, err == nil && n > 0 && entryName(n) == name
 }
 
 // fetched is an entry's stored bytes; nil when it is not there any more.

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -98,13 +97,11 @@ func (k *keyless) chain(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	numbers, err := entryNumbers(ctx, k.store)
-	if err != nil {
-		return err
-	}
+	var numbers []uint64
 	for _, name := range names {
-		n, err := strconv.ParseUint(strings.TrimPrefix(name, "chain/"), 10, 64)
-		if err != nil || n == 0 || entryName(n) != name {
+		if n, ok := entryNumber(name); ok {
+			numbers = append(numbers, n)
+		} else {
 			k.problem(name, "not the name of an entry")
 		}
 	}

@@ -483,28 +483,13 @@ func TestPruneParallel(t *testing.T) {
 	}
 	reader, checker := reopen(t, store), reopen(t, store)
 	loop(func() error {
-		for _, p := range points(t, reader) {
+		return readKnown(t, reader, func(id PointID) []byte {
 			mu.Lock()
-			content := contents[p.ID]
-			mu.Unlock()
-			if content == nil {
-				continue
-			}
-			if err := differs(reader, &p, content); err != nil {
-				if reader.refresh(ctx); reader.current().forgotten[p.ID] == nil {
-					return err
-				}
-			}
-		}
-		return nil
+			defer mu.Unlock()
+			return contents[id]
+		})
 	})
-	loop(func() error {
-		report, err := checker.Check(ctx, CheckOptions{})
-		if err == nil && len(report.Problems) > 0 {
-			err = fmt.Errorf("check: %+v", report.Problems)
-		}
-		return err
-	})
+	loop(func() error { return checkClean(checker) })
 	writers.Wait()
 	close(stop)
 	others.Wait()
@@ -523,4 +508,31 @@ func TestPruneParallel(t *testing.T) {
 	if n, _ := stored(t, store, "packs/"); n != len(packNames(first)) {
 		t.Errorf("%d packs, %d in the inventory", n, len(packNames(first)))
 	}
+}
+
+// readKnown reads the points whose content is known, beside others that may
+// forget them.
+func readKnown(t *testing.T, r *Repo, known func(PointID) []byte) error {
+	for _, p := range points(t, r) {
+		content := known(p.ID)
+		if content == nil {
+			continue
+		}
+		if err := differs(r, &p, content); err != nil {
+			r.refresh(ctx)
+			if _, gone := r.current().forgotten[p.ID]; !gone {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// checkClean fails when a check finds anything.
+func checkClean(r *Repo) error {
+	report, err := r.Check(ctx, CheckOptions{})
+	if err == nil && len(report.Problems) > 0 {
+		err = fmt.Errorf("check: %+v", report.Problems)
+	}
+	return err
 }

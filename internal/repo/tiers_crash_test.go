@@ -305,7 +305,7 @@ func TestTierHistory(t *testing.T) {
 				}
 			}
 			for id := range model {
-				if now[id] == nil && r.current().forgotten[id].ID == "" {
+				if _, gone := r.current().forgotten[id]; now[id] == nil && !gone {
 					t.Fatalf("point %s is gone", id)
 				}
 			}
@@ -404,28 +404,13 @@ func TestTierParallel(t *testing.T) {
 	pruner, reader, checker := mustTiered(t, w.own, w.at), mustTiered(t, w.own, w.at), mustTiered(t, w.own, w.at)
 	loop(func() error { _, err := pruner.Prune(ctx, unwatched); return err })
 	loop(func() error {
-		for _, p := range points(t, reader) {
+		return readKnown(t, reader, func(id PointID) []byte {
 			mu.Lock()
-			content := contents[p.ID]
-			mu.Unlock()
-			if content == nil {
-				continue
-			}
-			if err := differs(reader, &p, content); err != nil {
-				if reader.refresh(ctx); reader.current().forgotten[p.ID].ID == "" {
-					return err
-				}
-			}
-		}
-		return nil
+			defer mu.Unlock()
+			return contents[id]
+		})
 	})
-	loop(func() error {
-		report, err := checker.Check(ctx, CheckOptions{})
-		if err == nil && len(report.Problems) > 0 {
-			err = fmt.Errorf("check: %+v", report.Problems)
-		}
-		return err
-	})
+	loop(func() error { return checkClean(checker) })
 	writers.Wait()
 	close(stop)
 	others.Wait()
