@@ -27,6 +27,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/s3"
@@ -84,6 +85,9 @@ type Node struct {
 	repo       *repo.Repo
 	state      *state.Dir
 	cache      string // "" is that of the state directory
+
+	opening sync.Mutex            // guards stores: tiers are opened from anywhere
+	stores  map[string]blob.Store // opened, by location
 }
 
 // New makes a Node. Nothing is opened yet.

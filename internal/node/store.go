@@ -69,8 +69,15 @@ func (n *Node) store(ctx context.Context, location string) (s blob.Store, err er
 	return s, nil
 }
 
-// openStore opens the store at a location, whatever is in it.
+// openStore opens the store at a location, whatever is in it, once: a server is
+// asked once what it can, and the rates hold for all that goes there.
 func (n *Node) openStore(ctx context.Context, location string) (s blob.Store, err error) {
+	n.opening.Lock()
+	s = n.stores[location]
+	n.opening.Unlock()
+	if s != nil {
+		return s, nil
+	}
 	if onS3(location) {
 		s, err = n.openS3(ctx, location)
 	} else {
@@ -79,7 +86,14 @@ func (n *Node) openStore(ctx context.Context, location string) (s blob.Store, er
 	if err != nil {
 		return nil, err
 	}
-	return blob.Limit(s, n.o.Rates), nil
+	s = blob.Limit(s, n.o.Rates)
+	n.opening.Lock()
+	defer n.opening.Unlock()
+	if n.stores == nil {
+		n.stores = map[string]blob.Store{}
+	}
+	n.stores[location] = s
+	return s, nil
 }
 
 // vacancy sees that nothing is at a location but what an Init that died has
