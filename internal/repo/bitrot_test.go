@@ -155,7 +155,7 @@ func newRotten(t *testing.T, rng *rand.Rand) *rotten {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if w.names, err = listNames(ctx, w.store, ""); err != nil || len(w.names) < 14 {
+	if w.names, err = blob.Names(ctx, w.store, ""); err != nil || len(w.names) < 14 {
 		t.Fatalf("%v, %v", w.names, err)
 	}
 	return w

@@ -428,7 +428,7 @@ func (r *Repo) appendContent(ctx context.Context, k kind, c entryClear, content 
 		if err != nil {
 			return err
 		}
-		mine, err := r.putEntry(ctx, entryName(c.Number), p)
+		mine, err := blob.Claim(ctx, r.store, entryName(c.Number), p)
 		if err != nil {
 			return err
 		}
@@ -472,23 +472,4 @@ func (r *Repo) arrived(ctx context.Context, n uint64, p []byte, point *Point) er
 		return errors.Join(ErrLeftBehind, err)
 	}
 	return ErrLeftBehind
-}
-
-// putEntry creates an entry and says whether it is ours. A Put that failed may
-// have done its work all the same, so the store is asked what is there.
-func (r *Repo) putEntry(ctx context.Context, name string, p []byte) (mine bool, err error) {
-	putErr := r.store.Put(ctx, name, p)
-	if putErr == nil {
-		return true, nil
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
-	defer cancel()
-	there, err := r.store.Get(ctx, name, 0, -1)
-	switch {
-	case err == nil && bytes.Equal(there, p) && !errors.Is(putErr, blob.ErrUnsynced):
-		return true, nil
-	case err == nil && errors.Is(putErr, blob.ErrExist):
-		return false, nil
-	}
-	return false, putErr
 }

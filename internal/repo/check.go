@@ -256,12 +256,9 @@ func (c *checker) items(ctx context.Context, info packInfo) ([]index.Item, error
 
 // stored checks that each pack is there, and with ReadData what is in it.
 func (c *checker) stored(ctx context.Context) error {
-	there := map[string]int64{}
-	for i, err := range c.r.store.List(ctx, "packs/") {
-		if err != nil {
-			return err
-		}
-		there[i.Name] = i.Size
+	there, err := listSizes(ctx, c.r.store)
+	if err != nil {
+		return err
 	}
 	seen := verifiedIn(readingCache(c.r.cache, c.r.mirrorOf))
 	read := seen.choose(c.packs, c.o)
@@ -289,7 +286,7 @@ func (c *checker) stored(ctx context.Context) error {
 			return nil
 		})
 	}
-	err := g.Wait()
+	err = g.Wait()
 	c.packProblems()
 	c.report.Unread = seen.unread(c.packs)
 	if !c.o.ReadData {
@@ -299,8 +296,8 @@ func (c *checker) stored(ctx context.Context) error {
 	return errors.Join(err, seen.save(c.packs))
 }
 
-func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64, read bool) error {
-	size, ok := there[packName(name)]
+func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[[32]byte]int64, read bool) error {
+	size, ok := there[name]
 	switch {
 	case !ok && c.r.mirrorOf != "":
 		return c.badPack(ctx, name, info, notHere, nil)

@@ -64,7 +64,7 @@ func (c *checker) locks(ctx context.Context) error {
 	g.SetLimit(locking)
 	for name, until := range want {
 		g.Go(func() error {
-			was, now, err := c.lockAgain(gctx, locker, name, blob.Lock{Until: until, Mode: lockMode(s.locks.Mode)})
+			was, now, err := c.lockAgain(gctx, locker, name, blob.Lock{Until: until, Mode: blob.ParseLockMode(s.locks.Mode)})
 			if errors.Is(err, blob.ErrNotExist) {
 				return nil // that it is missing is told elsewhere
 			}
@@ -79,7 +79,7 @@ func (c *checker) locks(ctx context.Context) error {
 				return gctx.Err()
 			case err != nil:
 				c.problem(Problem{Object: name, What: fmt.Sprintf("cannot be locked: %v", err)})
-			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: lockMode(s.locks.Mode)}) && s.wasLocked(name) && !c.undeleted(name):
+			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: blob.ParseLockMode(s.locks.Mode)}) && s.wasLocked(name) && !c.undeleted(name):
 				c.problem(Problem{Object: name, What: fmt.Sprintf("it was %s, should be until %s; it is locked now", lockText(was), must[name].UTC().Format(time.DateOnly))})
 			}
 			return nil
@@ -125,9 +125,8 @@ func (c *checker) lockAgain(ctx context.Context, locker blob.Locker, name string
 func (s *state) wasLocked(name string) bool {
 	switch dir, rest, _ := strings.Cut(name, "/"); dir {
 	case "chain":
-		var n uint64
-		_, err := fmt.Sscanf(rest, "%d", &n)
-		return err == nil && n >= s.older && n < s.locks.Commit
+		n, ok := entryNumber(name)
+		return ok && n >= s.older && n < s.locks.Commit
 	case "index":
 		d, err := parseDigest(rest)
 		return err == nil && s.added[d].entry <= s.locks.Commit

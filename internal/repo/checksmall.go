@@ -13,14 +13,13 @@ import (
 // small reads leases, beats and pins. No data is lost with one of them, but
 // prune waits for a lease that it cannot read, and refuses for a pin.
 func (c *checker) small(ctx context.Context) error {
-	names, err := listNames(ctx, c.r.store, "leases/")
-	pins, pinsErr := listNames(ctx, c.r.store, "pins/")
+	names, err := blob.Names(ctx, c.r.store, "leases/")
+	pins, pinsErr := blob.Names(ctx, c.r.store, "pins/")
 	if err = errors.Join(err, pinsErr); err != nil {
 		return err
 	}
 	for _, name := range append(names, pins...) {
-		_, rest, _ := strings.Cut(name, "/")
-		session, _, beat := strings.Cut(rest, ".")
+		session, _, beat := splitName(name)
 		var what string
 		switch {
 		case strings.HasPrefix(name, "pins/"):

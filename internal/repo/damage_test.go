@@ -61,11 +61,11 @@ func TestChain(t *testing.T) {
 		if report, err := r.Check(ctx, CheckOptions{}); err != nil || len(report.Problems) == 0 {
 			t.Errorf("%s: check: %v, %+v", what, err, report)
 		}
-		before, _ := listNames(ctx, s, "chain/")
+		before, _ := blob.Names(ctx, s, "chain/")
 		if _, err := save(r, "b", contents[points[0].ID], nil, nil); err == nil {
 			t.Errorf("%s: a point was added", what)
 		}
-		if after, _ := listNames(ctx, s, "chain/"); !slices.Equal(before, after) {
+		if after, _ := blob.Names(ctx, s, "chain/"); !slices.Equal(before, after) {
 			t.Errorf("%s: chain went from %v to %v", what, before, after)
 		}
 	}
@@ -95,7 +95,7 @@ func TestLostIndex(t *testing.T) {
 	if _, err := save(r, "b", image(rng(t), 5*ChunkSize), nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, store, "index/")
+	names, _ := blob.Names(ctx, store, "index/")
 	for what, lose := range map[string]func(*blob.Mem, string){
 		"missing": func(s *blob.Mem, name string) { s.Delete(ctx, name) },
 		"damaged": func(s *blob.Mem, name string) { s.Damage(name, func(p []byte) []byte { p[100] ^= 1; return p }) },
@@ -142,7 +142,7 @@ func TestDamagedPack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, store, "packs/")
+	names, _ := blob.Names(ctx, store, "packs/")
 	for _, name := range names {
 		other := names[(slices.Index(names, name)+1)%len(names)]
 		for what, f := range map[string]func(s *blob.Mem){
@@ -195,7 +195,7 @@ func TestMissing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, store, "packs/")
+	names, _ := blob.Names(ctx, store, "packs/")
 	largest := slices.MaxFunc(names, func(a, b string) int {
 		pa, _ := store.Get(ctx, a, 0, -1)
 		pb, _ := store.Get(ctx, b, 0, -1)

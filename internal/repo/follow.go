@@ -60,7 +60,7 @@ func (s *state) miss(last uint64) {
 
 // entryNumbers lists the entries that are in the store, ascending.
 func entryNumbers(ctx context.Context, s blob.Store) ([]uint64, error) {
-	names, err := listNames(ctx, s, "chain/")
+	names, err := blob.Names(ctx, s, "chain/")
 	if err != nil {
 		return nil, err
 	}
@@ -71,6 +71,16 @@ func entryNumbers(ctx context.Context, s blob.Store) ([]uint64, error) {
 		}
 	}
 	return numbers, nil
+}
+
+// lastEntry is the number of the newest entry that is in the store; 0 when
+// there is none.
+func lastEntry(ctx context.Context, s blob.Store) (uint64, error) {
+	numbers, err := entryNumbers(ctx, s)
+	if len(numbers) == 0 {
+		return 0, err
+	}
+	return numbers[len(numbers)-1], nil
 }
 
 // entryNumber is the number of the entry of that name.

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/pack"
 )
 
@@ -24,7 +25,7 @@ func TestObject(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer run.Close()
-	names, _ := listNames(ctx, store, "")
+	names, _ := blob.Names(ctx, store, "")
 	for _, name := range names {
 		for _, secrets := range []bool{false, true} {
 			o, err := r.Object(ctx, name, secrets)

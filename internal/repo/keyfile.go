@@ -218,14 +218,14 @@ func generationOf(o keyObject) int {
 func belongs(ctx context.Context, s blob.Store, id [16]byte) error {
 	p, err := s.Get(ctx, configName, 0, seal.HeaderLen)
 	if errors.Is(err, blob.ErrNotExist) {
-		names, err := listNames(ctx, s, "chain/")
+		n, err := lastEntry(ctx, s)
 		if err != nil {
 			return err
 		}
-		if len(names) == 0 {
+		if n == 0 {
 			return fmt.Errorf("%w: neither its config nor any commit is there", ErrNotRepository)
 		}
-		p, err = s.Get(ctx, names[len(names)-1], 0, seal.HeaderLen)
+		p, err = s.Get(ctx, entryName(n), 0, seal.HeaderLen)
 		if err != nil {
 			return err
 		}

@@ -93,7 +93,7 @@ func (k *keyless) problem(object, what string) {
 // chain follows the entries: numbers, signatures, predecessors. They give the
 // live index objects.
 func (k *keyless) chain(ctx context.Context) error {
-	names, err := listNames(ctx, k.store, "chain/")
+	names, err := blob.Names(ctx, k.store, "chain/")
 	if err != nil {
 		return err
 	}
@@ -185,7 +185,7 @@ func (k *keyless) take(c *entryClear) {
 // told from here.
 func (k *keyless) keys(ctx context.Context) error {
 	for _, w := range []struct{ prefix, magic string }{{"keys/", seal.Slot}, {"keyring/", seal.Keyring}} {
-		names, err := listNames(ctx, k.store, w.prefix)
+		names, err := blob.Names(ctx, k.store, w.prefix)
 		if err != nil {
 			return err
 		}
@@ -259,12 +259,9 @@ func (k *keyless) stored(ctx context.Context) error {
 		return err
 	}
 	seen := verifiedIn(readingCache(k.cache, tier))
-	there := map[string]int64{}
-	for i, err := range k.store.List(ctx, "packs/") {
-		if err != nil {
-			return err
-		}
-		there[i.Name] = i.Size
+	there, err := listSizes(ctx, k.store)
+	if err != nil {
+		return err
 	}
 	read := seen.choose(k.packs, k.o)
 	var done int64
@@ -324,8 +321,8 @@ func (k *keyless) tier(ctx context.Context) (string, error) {
 }
 
 // pack gives how many bytes were read, and what is wrong.
-func (k *keyless) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64, read bool) (int, suspicion, error) {
-	size, ok := there[packName(name)]
+func (k *keyless) pack(ctx context.Context, name [32]byte, info packInfo, there map[[32]byte]int64, read bool) (int, suspicion, error) {
+	size, ok := there[name]
 	switch {
 	case !ok:
 		return 0, suspicion{second: "missing"}, nil

@@ -72,7 +72,7 @@ func (r *Repo) master(ctx context.Context, n uint32) (*seal.Key, error) {
 func (r *Repo) learn(ctx context.Context) error {
 	r.learning.Lock()
 	defer r.learning.Unlock()
-	names, err := listNames(ctx, r.store, "keyring/")
+	names, err := blob.Names(ctx, r.store, "keyring/")
 	if err != nil {
 		return err
 	}
@@ -134,7 +134,7 @@ func ringNumber(name string) (int, error) {
 }
 
 func readRings(ctx context.Context, s blob.Store, id [16]byte) (rings, error) {
-	names, err := listNames(ctx, s, "keyring/")
+	names, err := blob.Names(ctx, s, "keyring/")
 	if err != nil {
 		return rings{}, err
 	}
@@ -213,7 +213,7 @@ func slotName(id string) string { return "keys/" + id }
 
 // readSlots reads all key slots of a repository, the newest generation first.
 func readSlots(ctx context.Context, s blob.Store, id [16]byte) ([]slotDoc, error) {
-	names, err := listNames(ctx, s, "keys/")
+	names, err := blob.Names(ctx, s, "keys/")
 	if err != nil {
 		return nil, err
 	}

@@ -29,16 +29,23 @@ type Lease struct {
 	beat string // the newest beat's name; "" before the first
 }
 
+// splitName takes apart the name of a lease, leases/SESSION, of its beat,
+// leases/SESSION.NUMBER, or of a pin, pins/SESSION.POINT.
+func splitName(name string) (session, rest string, more bool) {
+	_, base, _ := strings.Cut(name, "/")
+	return strings.Cut(base, ".")
+}
+
 // leases lists the leases that are open: there, and neither committed nor
 // revoked in s, which may be older than the listing.
 func (r *Repo) leases(ctx context.Context, s *state) (map[string]Lease, error) {
-	names, err := listNames(ctx, r.store, "leases/")
+	names, err := blob.Names(ctx, r.store, "leases/")
 	if err != nil {
 		return nil, err
 	}
 	open := map[string]Lease{}
 	for _, name := range names { // sorted: a lease comes before its beats
-		session, beat, isBeat := strings.Cut(strings.TrimPrefix(name, "leases/"), ".")
+		session, beat, isBeat := splitName(name)
 		if s.over[session] != 0 {
 			continue
 		}

@@ -35,7 +35,7 @@ func TestLesson05SilentlyPartialListing(t *testing.T) {
 		t.Fatal(err)
 	}
 	forget(t, r, w.dead...)
-	names, _ := listNames(ctx, w.store, "")
+	names, _ := blob.Names(ctx, w.store, "")
 	refused := 0
 	for _, hidden := range names {
 		if strings.HasPrefix(hidden, "pins/") {

@@ -50,29 +50,19 @@ func (l *lockState) take(rule *Immutability) error {
 	if rule == nil || rule.Days < 0 || rule.Days > MaxImmutableDays {
 		return fmt.Errorf("%w: rule on locks", ErrDamaged)
 	}
-	if rule.Days > 0 && lockMode(rule.Mode) == 0 {
+	if rule.Days > 0 && blob.ParseLockMode(rule.Mode) == 0 {
 		return fmt.Errorf("%w: lock mode %.20q", ErrVersion, rule.Mode)
 	}
 	l.Days = rule.Days
-	if lockMode(rule.Mode) != 0 {
+	if blob.ParseLockMode(rule.Mode) != 0 {
 		l.Mode = rule.Mode
 	}
 	return nil
 }
 
-// lockMode is the mode of that name; 0 for none.
-func lockMode(name string) blob.LockMode {
-	for _, m := range []blob.LockMode{blob.Governance, blob.Compliance} {
-		if m.String() == name {
-			return m
-		}
-	}
-	return 0
-}
-
 // want is the least lock of what a point needs that is committed at that time.
 func (l *lockState) want(now time.Time) blob.Lock {
-	return blob.Lock{Until: now.Add(time.Duration(l.Days)*day + lockMargin), Mode: lockMode(l.Mode)}
+	return blob.Lock{Until: now.Add(time.Duration(l.Days)*day + lockMargin), Mode: blob.ParseLockMode(l.Mode)}
 }
 
 // rootKey is under what the lock cache has a whole map: all its items have a
@@ -96,7 +86,7 @@ func (r *Repo) Immutable(ctx context.Context) (Immutability, error) {
 // TryLocks proves that a store keeps locks of that mode. blob.ErrNoLock is the
 // proof of the contrary.
 func TryLocks(ctx context.Context, s blob.Store, mode string) error {
-	m := lockMode(mode)
+	m := blob.ParseLockMode(mode)
 	if m == 0 {
 		return fmt.Errorf("lock mode %q is neither governance nor compliance", mode)
 	}
@@ -125,7 +115,7 @@ func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(
 	}
 	allowed := func(s *state) error {
 		switch {
-		case rule.Days > 0 && lockMode(s.locks.Mode) == blob.Governance && lockMode(rule.Mode) == blob.Compliance:
+		case rule.Days > 0 && blob.ParseLockMode(s.locks.Mode) == blob.Governance && blob.ParseLockMode(rule.Mode) == blob.Compliance:
 			return ErrLockMode
 		case rule.Days == s.locks.Days && (rule.Days == 0 || rule.Mode == s.locks.Mode):
 			return errNothing
@@ -189,7 +179,7 @@ func (r *Repo) protect(ctx context.Context, s *state, until func(*Point) time.Ti
 	if err != nil || len(ends) == 0 {
 		return err
 	}
-	return r.lockEach(ctx, ends, lockMode(s.locks.Mode), report)
+	return r.lockEach(ctx, ends, blob.ParseLockMode(s.locks.Mode), report)
 }
 
 // needsOf gives what living points need, and until when it is to be locked:

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -551,14 +550,14 @@ func (m *marker) newer(a, b *index.Place) bool {
 // readPins walks the points that are forgotten and pinned. It lists the pins after
 // the chain was read: who pins a point looks for it in the chain after.
 func (m *marker) readPins(ctx context.Context, s *state) error {
-	names, err := listNames(ctx, m.r.store, "pins/")
+	names, err := blob.Names(ctx, m.r.store, "pins/")
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
 	}
 	pinned := map[PointID]string{} // and by whom
 	for _, name := range names {
 		id, err := m.r.readPin(ctx, name)
-		session, _, _ := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
+		session, _, _ := splitName(name)
 		if errors.Is(err, blob.ErrNotExist) {
 			continue
 		} else if err != nil {

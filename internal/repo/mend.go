@@ -185,10 +185,7 @@ func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]in
 
 // readDirectory lists a pack's items from the pack alone.
 func (r *Repo) readDirectory(ctx context.Context, i blob.Info) (k index.Pack, err error) {
-	if len(i.Name) < 64 {
-		return k, fmt.Errorf("%s: %w: not a pack's name", i.Name, ErrDamaged)
-	}
-	if k.Name, err = parseDigest(i.Name[len(i.Name)-64:]); err != nil {
+	if k.Name, err = packDigest(i.Name); err != nil {
 		return k, err
 	}
 	p, err := r.store.Get(ctx, i.Name, 0, -1)

@@ -42,7 +42,7 @@ func (r *Repo) tryMirror(ctx context.Context, tier string) (*state, error) {
 	}
 	m := &mirrorer{r: r, far: far, there: map[string]bool{}}
 	for _, prefix := range []string{configName, "keys/", "keyring/", "index/", "chain/"} {
-		names, err := listNames(ctx, far, prefix)
+		names, err := blob.Names(ctx, far, prefix)
 		if err != nil {
 			return nil, err
 		}
@@ -112,7 +112,7 @@ func (m *mirrorer) copy(ctx context.Context, name string, right func([]byte) boo
 func (m *mirrorer) keys(ctx context.Context) error {
 	own := m.r.tiers.Own()
 	for {
-		rings, err := listNames(ctx, own, "keyring/")
+		rings, err := blob.Names(ctx, own, "keyring/")
 		if err != nil {
 			return err
 		}
@@ -120,11 +120,11 @@ func (m *mirrorer) keys(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		slots, err := listNames(ctx, own, "keys/")
+		slots, err := blob.Names(ctx, own, "keys/")
 		if err != nil {
 			return err
 		}
-		again, err := listNames(ctx, own, "keyring/")
+		again, err := blob.Names(ctx, own, "keyring/")
 		if err != nil {
 			return err
 		}
@@ -165,7 +165,7 @@ func (m *mirrorer) indexes(ctx context.Context) error {
 
 // chain copies the entries in their order, unless there is no config yet.
 func (m *mirrorer) chain(ctx context.Context) error {
-	names, err := listNames(ctx, m.r.tiers.Own(), "chain/")
+	names, err := blob.Names(ctx, m.r.tiers.Own(), "chain/")
 	if err != nil {
 		return err
 	}

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -221,17 +220,4 @@ func getDocument(ctx context.Context, s blob.Store, name, magic string, id [16]b
 		return nil, fmt.Errorf("%s: %w", name, seal.ErrForeign)
 	}
 	return raw, nil
-}
-
-// listNames gives the names under a prefix, sorted.
-func listNames(ctx context.Context, s blob.Store, prefix string) ([]string, error) {
-	var names []string
-	for i, err := range s.List(ctx, prefix) {
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, i.Name)
-	}
-	slices.Sort(names)
-	return names, nil
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/seal"
@@ -60,7 +59,7 @@ func (r *Repo) putPin(ctx context.Context, session string, id PointID) error {
 
 // Unpin removes a session's pins. None is no error.
 func (r *Repo) Unpin(ctx context.Context, session string) error {
-	names, err := listNames(ctx, r.store, "pins/"+session+".")
+	names, err := blob.Names(ctx, r.store, "pins/"+session+".")
 	for _, name := range names {
 		if delErr := r.store.Delete(ctx, name); !errors.Is(delErr, blob.ErrNotExist) {
 			err = errors.Join(err, delErr)
@@ -71,13 +70,13 @@ func (r *Repo) Unpin(ctx context.Context, session string) error {
 
 // Pins gives the sessions that pin a point, by point.
 func (r *Repo) Pins(ctx context.Context) (map[PointID][]string, error) {
-	names, err := listNames(ctx, r.store, "pins/")
+	names, err := blob.Names(ctx, r.store, "pins/")
 	if err != nil {
 		return nil, err
 	}
 	pins := map[PointID][]string{}
 	for _, name := range names {
-		session, point, ok := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
+		session, point, ok := splitName(name)
 		if !ok {
 			return nil, fmt.Errorf("%s: %w: not a pin's name", name, ErrDamaged)
 		}

@@ -161,7 +161,7 @@ func (p *pruner) start(ctx context.Context) error {
 		p.m.there[name] = i.Size
 	}
 	var err error
-	if p.indexes, err = listNames(ctx, p.r.store, "index/"); err != nil {
+	if p.indexes, err = blob.Names(ctx, p.r.store, "index/"); err != nil {
 		return fmt.Errorf("list index objects: %w", err)
 	}
 	p.o.Report("mark", 0, int64(len(p.m.old.points)))

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/seal"
@@ -85,13 +84,13 @@ func (p *pruner) writeCheckpoint(ctx context.Context) error {
 // abridged is the state that was marked, without what can matter to nobody any
 // more (docs/format.md §6.4).
 func (p *pruner) abridged(ctx context.Context) (*state, error) {
-	names, err := listNames(ctx, p.r.store, "leases/")
+	names, err := blob.Names(ctx, p.r.store, "leases/")
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
 	}
 	left := map[string]bool{}
 	for _, name := range names {
-		session, _, _ := strings.Cut(strings.TrimPrefix(name, "leases/"), ".")
+		session, _, _ := splitName(name)
 		left[session] = true
 	}
 	a := p.m.state.clone()

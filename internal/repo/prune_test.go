@@ -355,7 +355,7 @@ func TestPrunePinned(t *testing.T) {
 		t.Fatalf("a second pin: %v", err)
 	}
 	damaged := store.Clone()
-	names, _ := listNames(ctx, damaged, "pins/")
+	names, _ := blob.Names(ctx, damaged, "pins/")
 	damaged.Damage(names[0], func(p []byte) []byte { p[len(p)-1] ^= 1; return p })
 	if _, err := reopen(t, damaged).Prune(ctx, unwatched); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "unpin "+session) {
 		t.Fatalf("unreadable pin: %v", err)
@@ -549,7 +549,7 @@ func TestPruneLeftovers(t *testing.T) {
 	if report.Leftover == 0 || report.Removed != report.Leftover || len(report.Notes) == 0 {
 		t.Fatalf("%+v", report)
 	}
-	left, _ := listNames(ctx, store, "packs/")
+	left, _ := blob.Names(ctx, store, "packs/")
 	if !slices.Equal(left, []string{foreign}) {
 		t.Fatalf("left: %v", left)
 	}

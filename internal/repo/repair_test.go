@@ -49,7 +49,7 @@ func TestReadTwice(t *testing.T) {
 	if _, err := save(create(t, mem), "a", content, nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, mem, "packs/")
+	names, _ := blob.Names(ctx, mem, "packs/")
 	for what, c := range map[string]struct {
 		times     int
 		err       error
@@ -86,7 +86,7 @@ func TestReadTwice(t *testing.T) {
 	// A store that answers nothing says nothing about what is in it.
 	faulty := &blobtest.Faulty{Inner: mem.Clone()}
 	r := reopen(t, faulty)
-	before, _ := listNames(ctx, faulty.Inner, "chain/")
+	before, _ := blob.Names(ctx, faulty.Inner, "chain/")
 	for at := 1; at < 40; at++ {
 		f := &blobtest.Faulty{Inner: faulty.Inner, At: at, Cut: true}
 		r.store = f
@@ -94,7 +94,7 @@ func TestReadTwice(t *testing.T) {
 			t.Fatalf("cut at call %d: %+v", at, report)
 		}
 	}
-	if after, _ := listNames(ctx, faulty.Inner, "chain/"); !slices.Equal(before, after) {
+	if after, _ := blob.Names(ctx, faulty.Inner, "chain/"); !slices.Equal(before, after) {
 		t.Errorf("the chain went from %v to %v", before, after)
 	}
 }
@@ -109,7 +109,7 @@ func TestGivenUpTooEarly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, mem, "packs/")
+	names, _ := blob.Names(ctx, mem, "packs/")
 	store := &moody{Store: mem, err: errors.New("input/output error")}
 	r := reopen(t, store)
 	store.wrong = map[string]int{}
@@ -144,7 +144,7 @@ func TestPercent(t *testing.T) {
 	for range 10 {
 		add()
 	}
-	packs, _ := listNames(ctx, store, "packs/")
+	packs, _ := blob.Names(ctx, store, "packs/")
 	cache := t.TempDir()
 	seen := map[string]bool{}
 	var unread int
@@ -230,7 +230,7 @@ func TestRepair(t *testing.T) {
 	long(t)
 	rng := rng(t)
 	mem, other, points, contents := twins(t, rng)
-	packs, _ := listNames(ctx, mem, "packs/")
+	packs, _ := blob.Names(ctx, mem, "packs/")
 	from := reopen(t, other)
 	damages := map[string]func(*blob.Mem){
 		"all packs lost": func(s *blob.Mem) {
@@ -285,7 +285,7 @@ func TestRepair(t *testing.T) {
 func TestRepairCut(t *testing.T) {
 	long(t)
 	mem, other, points, contents := twins(t, rng(t))
-	packs, _ := listNames(ctx, mem, "packs/")
+	packs, _ := blob.Names(ctx, mem, "packs/")
 	mem.Delete(ctx, packs[0])
 	mem.Delete(ctx, packs[2])
 	from := reopen(t, other)
@@ -330,7 +330,7 @@ func TestIndexFromPacks(t *testing.T) {
 		}
 	}
 	was := inventory(t, reopen(t, store))
-	names, _ := listNames(ctx, store, "index/")
+	names, _ := blob.Names(ctx, store, "index/")
 	for n := range len(names) + 1 {
 		s := store.Clone()
 		for i, name := range names {
@@ -402,7 +402,7 @@ func TestKeyless(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	all, _ := listNames(ctx, store, "")
+	all, _ := blob.Names(ctx, store, "")
 	if report := keyless(store); len(report.Problems) > 0 || report.Entries != 3 || report.ReadPacks != report.Packs || report.Packs == 0 {
 		t.Errorf("sound: %+v", report)
 	}
@@ -425,7 +425,7 @@ func TestKeyless(t *testing.T) {
 	if _, err := CheckKeyless(ctx, new(blob.Mem), "", CheckOptions{}); !errors.Is(err, ErrNotRepository) {
 		t.Errorf("no repository: %v", err)
 	}
-	if now, _ := listNames(ctx, store, ""); !slices.Equal(now, all) {
+	if now, _ := blob.Names(ctx, store, ""); !slices.Equal(now, all) {
 		t.Errorf("from %v to %v", all, now)
 	}
 }

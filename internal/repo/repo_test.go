@@ -269,7 +269,7 @@ func TestHistory(t *testing.T) {
 		equal(t, r, &points[i], s.content)
 	}
 	clean(t, r, true)
-	names, _ := listNames(ctx, store, "leases/")
+	names, _ := blob.Names(ctx, store, "leases/")
 	if len(names) > 0 {
 		t.Errorf("left behind: %v", names)
 	}
@@ -501,13 +501,13 @@ func TestOpenErrors(t *testing.T) {
 	}
 	change := func(prefix string, f func([]byte) []byte) *blob.Mem {
 		c := store.Clone()
-		names, _ := listNames(ctx, c, prefix)
+		names, _ := blob.Names(ctx, c, prefix)
 		c.Damage(names[0], f)
 		return c
 	}
 	without := func(prefix string) *blob.Mem {
 		c := store.Clone()
-		names, _ := listNames(ctx, c, prefix)
+		names, _ := blob.Names(ctx, c, prefix)
 		c.Delete(ctx, names[0])
 		return c
 	}

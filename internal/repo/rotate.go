@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -41,7 +42,7 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 	if len(s.gaps) > 0 {
 		return nil, fmt.Errorf("%s; keys cannot be changed before it is back: put it back from a copy of the repository", s.gaps[0])
 	}
-	names, err := listNames(ctx, r.store, "keyring/")
+	names, err := blob.Names(ctx, r.store, "keyring/")
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +68,7 @@ func (r *Repo) putRing(ctx context.Context, u *unlocked, root *seal.Key, generat
 	if err != nil {
 		return err
 	}
-	mine, err := r.putEntry(ctx, ringName(r.id, u.number+1), p)
+	mine, err := blob.Claim(ctx, r.store, ringName(r.id, u.number+1), p)
 	if err != nil {
 		return fmt.Errorf("store the new keyring: %w", err)
 	}

@@ -402,7 +402,7 @@ func (run *Run) endLease(ctx context.Context) error { return run.r.EndLease(ctx,
 // LeaseOpen reports whether a session's run is under way, or died without
 // ending its lease, on this machine or another.
 func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
-	names, err := listNames(ctx, r.store, "leases/"+session)
+	names, err := blob.Names(ctx, r.store, "leases/"+session)
 	return len(names) > 0, err
 }
 
@@ -410,7 +410,7 @@ func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
 // One already gone is no error.
 func (r *Repo) EndLease(ctx context.Context, session string) error {
 	lease := "leases/" + session
-	names, err := listNames(ctx, r.store, lease)
+	names, err := blob.Names(ctx, r.store, lease)
 	// The lease itself, which sorts first, goes last: a lease without beats is
 	// alive, a beat without its lease is nothing.
 	for _, name := range slices.Backward(names) {

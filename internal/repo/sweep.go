@@ -232,12 +232,12 @@ func (p *pruner) end(ctx context.Context) error {
 // committed or revoked, and, when no run is open, index objects that no entry
 // lists: replaced by a sweep, or never added by a run that died.
 func (p *pruner) tidy(ctx context.Context) error {
-	names, err := listNames(ctx, p.r.store, "leases/")
+	names, err := blob.Names(ctx, p.r.store, "leases/")
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		session, _, _ := strings.Cut(strings.TrimPrefix(name, "leases/"), ".")
+		session, _, _ := splitName(name)
 		if p.m.state.over[session] == 0 {
 			continue
 		}

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"holdfast/internal/blob"
@@ -122,14 +120,11 @@ func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held ma
 			return err
 		}
 	}
-	entries, err := listNames(ctx, far, "chain/")
-	if err != nil || len(entries) == 0 {
+	var err error
+	if info.Entry, err = lastEntry(ctx, far); err != nil || info.Entry == 0 {
 		return err
 	}
-	if info.Entry, err = strconv.ParseUint(strings.TrimPrefix(entries[len(entries)-1], "chain/"), 10, 64); err != nil {
-		return fmt.Errorf("tier %s: %w", info.Name, err)
-	}
-	indexes, err := listNames(ctx, far, "index/")
+	indexes, err := blob.Names(ctx, far, "index/")
 	if err != nil {
 		return err
 	}

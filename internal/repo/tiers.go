@@ -308,18 +308,18 @@ func (r *Repo) sound(ctx context.Context, name string, far blob.Store) error {
 	case is != name:
 		return fmt.Errorf("%w: it is tier %s", ErrForked, is)
 	}
-	entries, err := listNames(ctx, far, "chain/")
-	if err != nil || len(entries) == 0 {
+	n, err := lastEntry(ctx, far)
+	if err != nil || n == 0 {
 		return err
 	}
-	last := entries[len(entries)-1]
+	last := entryName(n)
 	there, err := far.Get(ctx, last, 0, -1)
 	if err != nil {
 		return err
 	}
 	own, err := r.tiers.Own().Get(ctx, last, 0, -1)
 	switch {
-	case errors.Is(err, blob.ErrNotExist) && last <= entryName(r.current().head):
+	case errors.Is(err, blob.ErrNotExist) && n <= r.current().head:
 		return nil // before a checkpoint
 	case errors.Is(err, blob.ErrNotExist):
 		return fmt.Errorf("%w: its copy of the chain goes on to %s, which this repository does not have; it was written to, or this is an older copy of the repository", ErrForked, last)
@@ -402,12 +402,12 @@ func (r *Repo) farthest(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("whether tier %s has a newer copy of the chain is not known: %w", t.Name, err)
 		}
-		entries, err := listNames(ctx, far, "chain/")
+		n, err := lastEntry(ctx, far)
 		if err != nil {
 			return fmt.Errorf("tier %s: %w", t.Name, err)
 		}
-		if n := len(entries); n > 0 && entries[n-1] > entryName(r.current().head) {
-			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, entries[n-1])
+		if n > r.current().head {
+			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, entryName(n))
 		}
 	}
 	return nil
