@@ -5,14 +5,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"time"
 
-	"holdfast/internal/blob"
-	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -118,8 +115,8 @@ type state struct {
 
 // adding tells when, and in which run, an index object was added.
 type adding struct {
-	entry uint64
-	lease string
+	Entry uint64 `json:"entry"`
+	Lease string `json:"lease,omitempty"` // "" for no run's own
 }
 
 func newState(config [32]byte) *state {
@@ -131,24 +128,24 @@ func newState(config [32]byte) *state {
 func entryName(n uint64) string { return fmt.Sprintf("chain/%012d", n) }
 
 // apply checks entry n's bytes against the state and takes it in.
-func (r *Repo) apply(ctx context.Context, s *state, p []byte) error {
+func (c *Chain) apply(ctx context.Context, s *state, p []byte) error {
 	n := s.head + 1
 	raw, err := seal.Parse(p, seal.Entry)
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	if err := raw.Verify(r.id, r.pub); err != nil {
+	if err := raw.Verify(c.Repo, c.Verify); err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	var c entryClear
+	var clear entryClear
 	var sealed entrySealed
-	if err := seal.Unmarshal(raw.Clear, &c); err != nil {
+	if err := seal.Unmarshal(raw.Clear, &clear); err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	if c.Number != n || !s.unknown && !bytes.Equal(c.Previous, s.digest[:]) {
+	if clear.Number != n || !s.unknown && !bytes.Equal(clear.Previous, s.digest[:]) {
 		return fmt.Errorf("%s: %w: it does not follow its predecessor; an entry was exchanged or removed", entryName(n), ErrDamaged)
 	}
-	master, err := r.master(ctx, raw.Header.Key)
+	master, err := c.Master(ctx, raw.Header.Key)
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
@@ -157,14 +154,14 @@ func (r *Repo) apply(ctx context.Context, s *state, p []byte) error {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
 	if kind(raw.Header.Kind) == kindCheckpoint {
-		err = s.takeCheckpoint(&c, content)
+		err = s.takeCheckpoint(&clear, content)
 	} else if err = seal.Unmarshal(content, &sealed); err == nil {
-		err = s.take(kind(raw.Header.Kind), &c, &sealed)
+		err = s.take(kind(raw.Header.Kind), &clear, &sealed)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	s.head, s.digest, s.unknown, s.time = n, sha256.Sum256(p), false, c.Time
+	s.head, s.digest, s.unknown, s.time = n, sha256.Sum256(p), false, clear.Time
 	copy(s.header[:], p)
 	return nil
 }
@@ -259,6 +256,65 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	return nil
 }
 
+// takeKeys notes what an entry says of the keys.
+func (s *state) takeKeys(e *entrySealed) error {
+	if e.Keyring != "" {
+		n, err := strconv.Atoi(e.Keyring)
+		if err != nil {
+			return fmt.Errorf("%w: keyring %.80q", ErrDamaged, e.Keyring)
+		}
+		s.keyring = max(s.keyring, n)
+	}
+	for _, id := range e.Removed {
+		s.removed[id] = true
+	}
+	return nil
+}
+
+// takeTiers takes over the tiers that entry n tells.
+func (s *state) takeTiers(n uint64, tiers []Tier) {
+	tiers = slices.Clone(tiers)
+	for i := range tiers {
+		t := &tiers[i]
+		t.Turned = n
+		if old := s.tier(t.Name); old != nil && old.Back == t.Back {
+			t.Turned = old.Turned
+		}
+	}
+	s.tiers = tiers
+	s.moved = n // who has missed a pack looks again
+}
+
+// tier gives a tier of the state, or nil.
+func (s *state) tier(name string) *Tier {
+	for i := range s.tiers {
+		if s.tiers[i].Name == name {
+			return &s.tiers[i]
+		}
+	}
+	return nil
+}
+
+// hasRoot reports whether a living point has that map.
+func (s *state) hasRoot(root Root) bool {
+	if root == "zero" {
+		return true
+	}
+	for _, p := range s.points {
+		for _, d := range p.Disks {
+			if d.Root == root {
+				return true
+			}
+		}
+		for _, f := range p.Files {
+			if f.Root == root {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 func parseDigest(s string) (d [32]byte, err error) {
 	b, err := hex.DecodeString(s)
 	if err != nil || len(b) != 32 {
@@ -283,193 +339,4 @@ func cloneMap[K comparable, V any](m map[K]V) map[K]V {
 		c[k] = v
 	}
 	return c
-}
-
-// current is the state as last refreshed.
-func (r *Repo) current() *state {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	return r.state
-}
-
-func indexName(d [32]byte) string { return "index/" + hex.EncodeToString(d[:]) }
-
-// indexClear is an index object's clear part.
-type indexClear struct {
-	Packs      []packRow  `json:"packs"`
-	Made       []int64    `json:"made,omitempty"`
-	Supersedes []seal.Hex `json:"supersedes,omitempty"`
-}
-
-// packRow is ["<64 hex>", size, kind].
-type packRow struct {
-	Name [32]byte
-	Size int64
-	Kind uint16
-}
-
-func (p packRow) MarshalJSON() ([]byte, error) {
-	return json.Marshal([]any{hex.EncodeToString(p.Name[:]), p.Size, p.Kind})
-}
-
-func (p *packRow) UnmarshalJSON(b []byte) error {
-	var name string
-	row := []any{&name, &p.Size, &p.Kind}
-	if err := json.Unmarshal(b, &row); err != nil {
-		return err
-	}
-	d, err := parseDigest(name)
-	p.Name = d
-	return err
-}
-
-// readIndex reads a live index object.
-func (r *Repo) readIndex(ctx context.Context, d [32]byte) ([]index.Pack, error) {
-	name := indexName(d)
-	p, err := r.store.Get(ctx, name, 0, -1)
-	if errors.Is(err, blob.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w: missing", name, ErrDamaged)
-	} else if err != nil {
-		return nil, err
-	}
-	if sha256.Sum256(p) != d {
-		return nil, fmt.Errorf("%s: %w: its bytes are not what its name says", name, ErrDamaged)
-	}
-	raw, err := seal.Parse(p, seal.Index)
-	if err == nil {
-		err = raw.Verify(r.id, r.pub)
-	}
-	var c indexClear
-	if err == nil {
-		err = seal.Unmarshal(raw.Clear, &c)
-	}
-	var master *seal.Key
-	if err == nil {
-		master, err = r.master(ctx, raw.Header.Key)
-	}
-	var content []byte
-	if err == nil {
-		content, err = raw.OpenOver(master, "index")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	packs := make([]index.Pack, len(c.Packs))
-	for i, row := range c.Packs {
-		packs[i] = index.Pack{Name: row.Name, Size: row.Size, Kind: row.Kind}
-		if len(c.Made) == len(packs) {
-			packs[i].Made = c.Made[i]
-		}
-	}
-	if err := index.Unmarshal(content, packs); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	return packs, nil
-}
-
-// putIndex stores an index object for the packs.
-func (r *Repo) putIndex(ctx context.Context, packs []index.Pack, supersedes ...seal.Hex) ([32]byte, error) {
-	c := indexClear{Packs: make([]packRow, len(packs)), Made: make([]int64, len(packs)), Supersedes: supersedes}
-	for i, k := range packs {
-		c.Packs[i], c.Made[i] = packRow{k.Name, k.Size, k.Kind}, k.Made
-	}
-	clear, err := json.Marshal(c)
-	if err != nil {
-		return [32]byte{}, err
-	}
-	number, master := r.ring.Newest()
-	d := seal.Document{Header: seal.NewHeader(seal.Index, 0, number, r.id), Clear: clear, Sealed: index.Marshal(packs)}
-	p, err := d.Marshal(master, "index", r.sign)
-	if err != nil {
-		return [32]byte{}, err
-	}
-	sum := sha256.Sum256(p)
-	return sum, r.store.Put(ctx, indexName(sum), p)
-}
-
-// append creates the next entry of the chain. allowed sees the state that the
-// entry will follow, each time that another writer was faster. When append
-// returns nil the entry is durable and refreshed into the state.
-func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, allowed func(*state) error) error {
-	content, err := json.Marshal(e)
-	if err != nil {
-		return err
-	}
-	return r.appendContent(ctx, k, c, content, e.Point, allowed)
-}
-
-// appendContent is append for a sealed part as it is; point is what it
-// commits, if it does.
-func (r *Repo) appendContent(ctx context.Context, k kind, c entryClear, content []byte, point *Point, allowed func(*state) error) error {
-	r.refreshing.Lock()
-	defer r.refreshing.Unlock()
-	for {
-		if _, err := r.refreshLocked(ctx); err != nil {
-			return err
-		}
-		s := r.current()
-		if len(s.gaps) > 0 {
-			return fmt.Errorf("%s; reading and restoring work, but nothing can be added: put the entry back from a copy of the repository", s.gaps[0])
-		}
-		if err := allowed(s); err != nil {
-			return err
-		}
-		c.Number, c.Previous, c.Time, c.Start = s.head+1, s.digest[:], time.Now().UTC(), s.older
-		if k == kindCheckpoint {
-			c.Start = s.checkpoint
-		}
-		clear, err := json.Marshal(c)
-		if err != nil {
-			return err
-		}
-		number, master := r.ring.Newest()
-		d := seal.Document{Header: seal.NewHeader(seal.Entry, uint16(k), number, r.id), Clear: clear, Sealed: content}
-		p, err := d.Marshal(master, "chain", r.sign)
-		if err != nil {
-			return err
-		}
-		mine, err := blob.Claim(ctx, r.store, entryName(c.Number), p)
-		if err != nil {
-			return err
-		}
-		if mine {
-			err := r.arrived(context.WithoutCancel(ctx), c.Number, p, point)
-			r.lockEntry(ctx, c.Number)
-			return err
-		}
-	}
-}
-
-// ErrLeftBehind: this process stood still while others went on for so long
-// that it cannot be told whether what it added counts.
-var ErrLeftBehind = errors.New("this process stood still while the repository's chain went on for thousands of entries; what it was about to do is void")
-
-// arrived takes in the news after entry n, whose bytes p this process has just
-// stored, and makes sure that n is in the chain. Its name may have been free
-// because the true entry n was deleted: then entry n-1 is gone as well, which
-// shows (docs/format.md §6.4).
-func (r *Repo) arrived(ctx context.Context, n uint64, p []byte, point *Point) error {
-	anew, err := r.refreshLocked(ctx)
-	if err != nil || !anew {
-		return err
-	}
-	s := r.current()
-	if n >= s.older {
-		if there, err := r.store.Get(ctx, entryName(n), 0, -1); err != nil || bytes.Equal(there, p) {
-			return err
-		}
-		return ErrLeftBehind
-	}
-	if point != nil {
-		_, live := s.points[point.ID]
-		_, gone := s.forgotten[point.ID]
-		if live || gone {
-			return nil
-		}
-	}
-	// What is before the chain's start is nothing to anybody.
-	if err := r.store.Delete(ctx, entryName(n)); err != nil && !errors.Is(err, blob.ErrNotExist) {
-		return errors.Join(ErrLeftBehind, err)
-	}
-	return ErrLeftBehind
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -117,7 +116,7 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if err := c.locks(ctx); err != nil {
 		return nil, err
 	}
-	if len(c.r.current().gaps) > 0 || c.r.mirrorOf != "" {
+	if len(c.r.current().Damage()) > 0 || c.r.mirrorOf != "" {
 		return &c.report, nil // nothing can be recorded in a chain with gaps
 	}
 	if err := c.r.mend(ctx); err != nil {
@@ -162,14 +161,7 @@ func (c *checker) chain(ctx context.Context) error {
 	}
 	known := c.r.current()
 	c.moved = known.moved
-	numbers, err := entryNumbers(ctx, c.r.store)
-	if err != nil {
-		return err
-	}
-	numbers = slices.DeleteFunc(numbers, func(n uint64) bool { return n > known.head })
-	s := c.r.genesis()
-	s.proving = true
-	vanished, err := c.r.follow(ctx, s, numbers, nil)
+	problems, vanished, err := c.r.chain.Compare(ctx, known)
 	if err != nil {
 		return err
 	}
@@ -181,19 +173,8 @@ func (c *checker) chain(ctx context.Context) error {
 			return errMoved
 		}
 	}
-	s.miss(known.head)
-	if what, err := s.differs(known); err != nil {
-		return err
-	} else if what != "" && len(s.gaps)+len(known.gaps) == 0 {
-		c.problem(Problem{Object: "chain", What: "its " + what + " are not what they were when it was read first; open the repository anew"})
-	}
-	for _, g := range s.healed {
-		if g.last >= s.older { // what is before it is not read any more
-			c.problem(Problem{Object: "chain", What: g.text + "; nothing is lost by that: the checkpoint behind it has what it said"})
-		}
-	}
-	for _, g := range s.gaps {
-		c.problem(Problem{Object: "chain", What: g.text})
+	for _, what := range problems {
+		c.problem(Problem{Object: "chain", What: what})
 	}
 	c.report.Entries, c.report.Points = known.head, len(known.points)
 	return nil
@@ -218,7 +199,7 @@ func (c *checker) indexes(ctx context.Context) error {
 		}
 		c.note(d, packs)
 	}
-	if len(lost) > 0 || len(s.gaps) > 0 {
+	if len(lost) > 0 || len(s.Damage()) > 0 {
 		found, err := c.r.makeUp(ctx, s, lost, c.r.index)
 		if err != nil {
 			return err

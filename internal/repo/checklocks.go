@@ -32,7 +32,7 @@ func (c *checker) locks(ctx context.Context) error {
 	c.report.Locks = &LockReport{Immutability: s.locks.Immutability}
 	err := TryLocks(ctx, c.r.store, s.locks.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
-		c.problem(noLocks(s, err))
+		c.problem(noLocks(s.locks.Immutability, err))
 		return nil
 	} else if ctx.Err() != nil {
 		return err
@@ -79,7 +79,7 @@ func (c *checker) locks(ctx context.Context) error {
 				return gctx.Err()
 			case err != nil:
 				c.problem(Problem{Object: name, What: fmt.Sprintf("cannot be locked: %v", err)})
-			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: blob.ParseLockMode(s.locks.Mode)}) && s.wasLocked(name) && !c.undeleted(name):
+			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: blob.ParseLockMode(s.locks.Mode)}) && wasLocked(s, name) && !c.undeleted(name):
 				c.problem(Problem{Object: name, What: fmt.Sprintf("it was %s, should be until %s; it is locked now", lockText(was), must[name].UTC().Format(time.DateOnly))})
 			}
 			return nil
@@ -92,8 +92,8 @@ func (c *checker) undeleted(name string) bool {
 	return slices.ContainsFunc(c.o.Undeleted, func(u Undeleted) bool { return u.Object == name })
 }
 
-func noLocks(s *state, err error) Problem {
-	return Problem{Object: "locks", What: fmt.Sprintf("the rule is that restore points are immutable for %d days, and the store does not keep that: %v", s.locks.Days, err)}
+func noLocks(rule Immutability, err error) Problem {
+	return Problem{Object: "locks", What: fmt.Sprintf("the rule is that restore points are immutable for %d days, and the store does not keep that: %v", rule.Days, err)}
 }
 
 func lockText(l blob.Lock) string {
@@ -122,14 +122,14 @@ func (c *checker) lockAgain(ctx context.Context, locker blob.Locker, name string
 // wasLocked reports whether an object was there, and locked, when the newest
 // point was committed. That point's own entry may not be: its writer may have
 // died. Keys may have been made since.
-func (s *state) wasLocked(name string) bool {
+func wasLocked(s *state, name string) bool {
 	switch dir, rest, _ := strings.Cut(name, "/"); dir {
 	case "chain":
 		n, ok := entryNumber(name)
 		return ok && n >= s.older && n < s.locks.Commit
 	case "index":
 		d, err := parseDigest(rest)
-		return err == nil && s.added[d].entry <= s.locks.Commit
+		return err == nil && s.added[d].Entry <= s.locks.Commit
 	case "keys", "keyring":
 		return false
 	}
@@ -142,11 +142,10 @@ func (k *keyless) locks(ctx context.Context) error {
 	if k.rule.Days == 0 {
 		return nil
 	}
-	k.report.Locks = &LockReport{Immutability: k.rule.Immutability}
+	k.report.Locks = &LockReport{Immutability: k.rule}
 	err := TryLocks(ctx, k.store, k.rule.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
-		s := &state{locks: k.rule}
-		k.report.Problems = append(k.report.Problems, noLocks(s, err))
+		k.report.Problems = append(k.report.Problems, noLocks(k.rule, err))
 		return nil
 	}
 	return err

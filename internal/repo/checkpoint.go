@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -24,7 +25,7 @@ func (s *state) parts(adds []seal.Hex) map[string]any {
 		"keep":        &s.keep,
 		"forgotten":   &via[[]PointID]{s.gone, s.setGone},
 		"pinned":      &via[[]Point]{s.pinned, s.setPinned},
-		"added":       &via[[]addedPart]{func() []addedPart { return s.addedBy(adds) }, func(p []addedPart) error { return s.setAdded(adds, p) }},
+		"added":       &via[[]adding]{func() []adding { return s.addedBy(adds) }, func(p []adding) error { return s.setAdded(adds, p) }},
 		"quarantine":  &via[map[string]uint64]{s.quarantineHex, s.setQuarantine},
 		"distrust":    &via[[]badItem]{s.badItems, s.setBad},
 		"over":        &s.over,
@@ -58,10 +59,36 @@ func (v *via[T]) UnmarshalJSON(p []byte) error {
 // content is the sealed part of a checkpoint with this state.
 func (s *state) content() ([]byte, error) { return json.Marshal(s.parts(s.adds())) }
 
+// Encode gives the clear and the sealed part of a checkpoint that tells the state,
+// proved by reading them back. It fails with seal.ErrTooLarge for more than a
+// document takes.
+func (s *state) Encode() (clear entryClear, content []byte, err error) {
+	adds := s.adds()
+	if content, err = s.content(); err != nil {
+		return clear, nil, err
+	}
+	if len(content) > seal.MaxContent {
+		return clear, nil, seal.ErrTooLarge
+	}
+	back := newState([32]byte{})
+	if err := back.read(adds, content); err != nil {
+		return clear, nil, err
+	}
+	back.checkpoint, back.older = s.checkpoint, s.older
+	if what, err := back.differs(s); err != nil || what != "" {
+		return clear, nil, errors.Join(err, fmt.Errorf("its %s would be lost; this is a defect of this program, and nothing was written", what))
+	}
+	clear = entryClear{Adds: adds, Tiers: len(s.tiers)}
+	if s.locks.Mode != "" {
+		clear.Locks = &s.locks.Immutability
+	}
+	return clear, content, nil
+}
+
 // adds lists the live index objects in the order in which they were added.
 func (s *state) adds() []seal.Hex {
 	live := slices.SortedFunc(maps.Keys(s.indexes), func(a, b [32]byte) int {
-		if ea, eb := s.added[a].entry, s.added[b].entry; ea != eb {
+		if ea, eb := s.added[a].Entry, s.added[b].Entry; ea != eb {
 			return int(int64(ea) - int64(eb))
 		}
 		return bytes.Compare(a[:], b[:])
@@ -116,6 +143,41 @@ func (s *state) read(adds []seal.Hex, content []byte) error {
 		return fmt.Errorf("%w: %d index objects, of %d it is told who added them", ErrDamaged, len(adds), len(s.added))
 	}
 	return nil
+}
+
+// Needless says what a checkpoint need not carry (docs/format.md §6.4).
+type Needless struct {
+	Lease func(session string) bool // nothing is left of the lease in the store
+	Pack  func(name [32]byte) bool  // it is neither in the store nor listed by an index object
+	// Horizon is the newest entry that all open leases knew when they began.
+	Horizon uint64
+	Point   func(PointID) bool // no pin names it
+}
+
+// Abridged is the state without what can matter to nobody any more.
+func (s *state) Abridged(n Needless) *state {
+	a := s.clone()
+	for lease, k := range s.over {
+		if k == kindCommit && n.Lease(lease) {
+			delete(a.over, lease)
+		}
+	}
+	for name, entry := range s.quarantine {
+		if entry <= n.Horizon && n.Pack(name) {
+			delete(a.quarantine, name)
+		}
+	}
+	for key := range s.bad {
+		if n.Pack(key.pack) {
+			delete(a.bad, key)
+		}
+	}
+	for id := range s.forgotten {
+		if n.Point(id) {
+			a.forgotten[id] = nil
+		}
+	}
+	return a
 }
 
 // agrees reports whether a checkpoint that follows this state tells it, with
@@ -229,22 +291,15 @@ func (s *state) setPinned(points []Point) error {
 	return nil
 }
 
-// addedPart is an adding in a checkpoint.
-type addedPart struct {
-	Entry uint64 `json:"entry"`
-	Lease string `json:"lease,omitempty"`
-}
-
-func (s *state) addedBy(adds []seal.Hex) []addedPart {
-	parts := make([]addedPart, len(adds))
+func (s *state) addedBy(adds []seal.Hex) []adding {
+	parts := make([]adding, len(adds))
 	for i, d := range adds {
-		a := s.added[[32]byte(d)]
-		parts[i] = addedPart{a.entry, a.lease}
+		parts[i] = s.added[[32]byte(d)]
 	}
 	return parts
 }
 
-func (s *state) setAdded(adds []seal.Hex, parts []addedPart) error {
+func (s *state) setAdded(adds []seal.Hex, parts []adding) error {
 	if len(parts) != len(adds) {
 		return fmt.Errorf("%w: %d for %d index objects", ErrDamaged, len(parts), len(adds))
 	}
@@ -253,7 +308,7 @@ func (s *state) setAdded(adds []seal.Hex, parts []addedPart) error {
 			return fmt.Errorf("%w: index digest", ErrDamaged)
 		}
 		s.indexes[[32]byte(d)] = true
-		s.added[[32]byte(d)] = adding{parts[i].Entry, parts[i].Lease}
+		s.added[[32]byte(d)] = parts[i]
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package repo
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/seal"
@@ -31,6 +33,28 @@ const (
 	readAgain = 5
 )
 
+// ErrRolledBack: the store does not contain what this machine saw in it.
+var ErrRolledBack = errors.New("the repository is older than this machine has seen it")
+
+// Chain reads and extends a repository's chain. It is safe in parallel; its
+// fields are not changed once it is in use.
+type Chain struct {
+	Store  blob.Store
+	Repo   [16]byte          // id of the repository
+	Verify ed25519.PublicKey // of the repository's signatures
+	Config [32]byte          // SHA-256 of the object "config", which stands before entry 1
+	Made   time.Time         // when the repository was
+
+	// Master gives the master key of a number. An error that is seal.ErrDamaged
+	// is one of the entry.
+	Master func(ctx context.Context, number uint32) (*seal.Key, error)
+	// Newest gives the master key of new entries and its number.
+	Newest func() (uint32, *seal.Key)
+	Sign   ed25519.PrivateKey // of new entries
+	// Memory is the file with the newest head that this machine has seen.
+	Memory string
+}
+
 // gap is an entry that is damaged, or one or more that are missing.
 type gap struct {
 	last    uint64
@@ -38,7 +62,16 @@ type gap struct {
 	text    string
 }
 
-func (g gap) String() string { return g.text }
+// Damage says what is wrong with entries, as far as it bears on the state: each
+// is damaged or missing, and nothing behind makes that good. Nothing can be
+// appended then.
+func (s *state) Damage() []string {
+	var damage []string
+	for _, g := range s.gaps {
+		damage = append(damage, g.text)
+	}
+	return damage
+}
 
 // skip goes past the next entry, which is damaged.
 func (s *state) skip(why error) {
@@ -135,18 +168,18 @@ func fetch(ctx context.Context, s blob.Store, numbers []uint64) iter.Seq2[fetche
 	}
 }
 
-// genesis is the state before the first entry.
-func (r *Repo) genesis() *state {
-	s := newState(r.config)
-	s.time = r.created
+// Genesis is the state before the first entry.
+func (c *Chain) Genesis() *state {
+	s := newState(c.Config)
+	s.time = c.Made
 	return s
 }
 
 // follow takes entries into a state, after those that it has. each, if not
 // nil, sees the state after every one. vanished tells that entries which were
 // listed are not there any more.
-func (r *Repo) follow(ctx context.Context, s *state, numbers []uint64, each func(*state) error) (vanished bool, err error) {
-	for e, err := range fetch(ctx, r.store, numbers) {
+func (c *Chain) follow(ctx context.Context, s *state, numbers []uint64, each func(*state) error) (vanished bool, err error) {
+	for e, err := range fetch(ctx, c.Store, numbers) {
 		if err != nil {
 			return vanished, err
 		}
@@ -154,7 +187,7 @@ func (r *Repo) follow(ctx context.Context, s *state, numbers []uint64, each func
 		if e.data == nil {
 			vanished = true
 			s.miss(e.number)
-		} else if err := s.skipDamage(r.apply(ctx, s, e.data)); err != nil {
+		} else if err := s.skipDamage(c.apply(ctx, s, e.data)); err != nil {
 			return vanished, err
 		}
 		if each != nil {
@@ -168,16 +201,16 @@ func (r *Repo) follow(ctx context.Context, s *state, numbers []uint64, each func
 
 // start finds the number of the checkpoint from which the chain has to be
 // read: what the newest entry that can be read says. 0 is the first entry.
-func (r *Repo) start(ctx context.Context, numbers []uint64) (uint64, error) {
+func (c *Chain) start(ctx context.Context, numbers []uint64) (uint64, error) {
 	for _, n := range slices.Backward(numbers) {
-		p, err := r.store.Get(ctx, entryName(n), 0, -1)
+		p, err := c.Store.Get(ctx, entryName(n), 0, -1)
 		if errors.Is(err, blob.ErrNotExist) {
 			continue
 		} else if err != nil {
 			return 0, err
 		}
-		if c, _, err := parseEntry(p, n, r.id, r.pub); err == nil {
-			return c.Start, nil
+		if clear, _, err := parseEntry(p, n, c.Repo, c.Verify); err == nil {
+			return clear.Start, nil
 		} else if !errors.Is(err, ErrDamaged) && !errors.Is(err, seal.ErrForeign) {
 			return 0, err
 		}
@@ -203,36 +236,41 @@ func parseEntry(p []byte, n uint64, id [16]byte, pub []byte) (c entryClear, k ki
 	return c, kind(raw.Header.Kind), nil
 }
 
-// load reads the chain: at Open, before anything is shared.
-func (r *Repo) load(ctx context.Context) error {
-	seen, err := r.seen()
+// Read reads the chain as it is in the store, from the newest checkpoints on,
+// and remembers its head. It fails with ErrRolledBack when the chain does not go
+// on from what this machine has seen; the state is given all the same, as far as
+// it was read. Entries that are damaged or missing are no error: see
+// State.Damage.
+func (c *Chain) Read(ctx context.Context) (*state, error) {
+	seen, err := c.seen()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if r.state, err = r.readChain(ctx, seen); err != nil {
-		return err
+	s, err := c.read(ctx, seen)
+	if err != nil {
+		return s, err
 	}
-	return r.remember(r.state)
+	return s, c.Remember(s)
 }
 
-// readChain reads the chain as it is in the store. It must contain the entry
+// read reads the chain as it is in the store. It must contain the entry
 // seen, or go on behind it to a checkpoint; with ErrRolledBack it gives the
 // state as far as it was read.
-func (r *Repo) readChain(ctx context.Context, seen headSeen) (*state, error) {
+func (c *Chain) read(ctx context.Context, seen headSeen) (*state, error) {
 	for try := 1; ; try++ {
-		numbers, err := entryNumbers(ctx, r.store)
+		numbers, err := entryNumbers(ctx, c.Store)
 		if err != nil {
 			return nil, err
 		}
 		from := 0
 		if len(numbers) > readAhead {
-			start, err := r.start(ctx, numbers)
+			start, err := c.start(ctx, numbers)
 			if err != nil {
 				return nil, err
 			}
 			from, _ = slices.BinarySearch(numbers, start)
 		}
-		s, vanished, err := r.readFrom(ctx, numbers, from, seen)
+		s, vanished, err := c.readFrom(ctx, numbers, from, seen)
 		if err != nil {
 			return s, err
 		}
@@ -240,7 +278,7 @@ func (r *Repo) readChain(ctx context.Context, seen headSeen) (*state, error) {
 			continue // prunes have gone on since the listing
 		}
 		if len(s.gaps) > 0 && from > 0 {
-			if s, _, err = r.readFrom(ctx, numbers, 0, seen); err != nil {
+			if s, _, err = c.readFrom(ctx, numbers, 0, seen); err != nil {
 				return s, err
 			}
 		}
@@ -254,25 +292,25 @@ func (r *Repo) readChain(ctx context.Context, seen headSeen) (*state, error) {
 }
 
 // readFrom reads the chain from one of its entries on.
-func (r *Repo) readFrom(ctx context.Context, numbers []uint64, from int, seen headSeen) (*state, bool, error) {
-	s := r.genesis()
+func (c *Chain) readFrom(ctx context.Context, numbers []uint64, from int, seen headSeen) (*state, bool, error) {
+	s := c.Genesis()
 	if _, there := slices.BinarySearch(numbers[:from], seen.Number); there {
-		p, err := r.store.Get(ctx, entryName(seen.Number), 0, -1)
+		p, err := c.Store.Get(ctx, entryName(seen.Number), 0, -1)
 		if err != nil && !errors.Is(err, blob.ErrNotExist) {
 			return nil, false, err
 		}
 		if sum := sha256.Sum256(p); err == nil && !bytes.Equal(sum[:], seen.Digest) {
-			return s, false, r.rolledBack(seen)
+			return s, false, c.rolledBack(seen)
 		}
 	}
-	vanished, err := r.follow(ctx, s, numbers[from:], func(s *state) error {
+	vanished, err := c.follow(ctx, s, numbers[from:], func(s *state) error {
 		if s.head == seen.Number && !s.unknown && !bytes.Equal(seen.Digest, s.digest[:]) {
-			return r.rolledBack(seen)
+			return c.rolledBack(seen)
 		}
 		return nil
 	})
 	if err == nil && seen.Number > s.head {
-		err = r.rolledBack(seen)
+		err = c.rolledBack(seen)
 	}
 	return s, vanished, err
 }
@@ -286,51 +324,106 @@ func (s *state) skipDamage(err error) error {
 	return err
 }
 
+// Compare reads all entries up to known's head again, those as well that need not
+// be read any more, and says in what they are damaged or lead elsewhere than to
+// known. vanished tells that entries went while they were read.
+func (c *Chain) Compare(ctx context.Context, known *state) (problems []string, vanished bool, err error) {
+	numbers, err := entryNumbers(ctx, c.Store)
+	if err != nil {
+		return nil, false, err
+	}
+	numbers = slices.DeleteFunc(numbers, func(n uint64) bool { return n > known.head })
+	s := c.Genesis()
+	s.proving = true
+	if vanished, err = c.follow(ctx, s, numbers, nil); err != nil {
+		return nil, vanished, err
+	}
+	s.miss(known.head)
+	if what, err := s.differs(known); err != nil {
+		return nil, vanished, err
+	} else if what != "" && len(s.gaps)+len(known.gaps) == 0 {
+		problems = append(problems, "its "+what+" are not what they were when it was read first; open the repository anew")
+	}
+	for _, g := range s.healed {
+		if g.last >= s.older { // what is before it is not read any more
+			problems = append(problems, g.text+"; nothing is lost by that: the checkpoint behind it has what it said")
+		}
+	}
+	return append(problems, s.Damage()...), vanished, nil
+}
+
+// Prove reads the entries from the chain's start on from the store, in which there
+// are those numbers, and compares the state that they give with s.
+func (c *Chain) Prove(ctx context.Context, s *state, numbers []uint64) error {
+	start := s.older
+	if start == 0 { // a first checkpoint: what is before it says nothing about it
+		start = s.checkpoint
+	}
+	from, there := slices.BinarySearch(numbers, start)
+	if !there {
+		return fmt.Errorf("%w: entry %d, where the chain begins, is not there", ErrDamaged, start)
+	}
+	numbers = slices.DeleteFunc(slices.Clone(numbers[from:]), func(n uint64) bool { return n > s.head })
+	back := c.Genesis()
+	back.head, back.unknown = start-1, true
+	back.proving = true
+	if _, err := c.follow(ctx, back, numbers, nil); err != nil {
+		return err
+	}
+	if gaps := slices.Concat(back.healed, back.gaps); len(gaps) > 0 {
+		return fmt.Errorf("what was read back from the store is not what is known: %s", gaps[0].text)
+	}
+	what, err := back.differs(s)
+	if err == nil && (what != "" || back.head != s.head || back.digest != s.digest) {
+		err = fmt.Errorf("%w: the chain as read back from the store does not say what is known (%s)", ErrDamaged, what)
+	}
+	return err
+}
+
 // headSeen is the newest chain entry that this machine has seen.
 type headSeen struct {
 	Number uint64   `json:"number"`
 	Digest seal.Hex `json:"digest"`
 }
 
-func (r *Repo) headPath() string { return filepath.Join(r.cache, "head") }
-
-func (r *Repo) seen() (h headSeen, err error) {
-	p, err := os.ReadFile(r.headPath())
+func (c *Chain) seen() (h headSeen, err error) {
+	p, err := os.ReadFile(c.Memory)
 	if errors.Is(err, os.ErrNotExist) {
 		return h, nil
 	} else if err != nil {
 		return h, err
 	}
 	if err := json.Unmarshal(p, &h); err != nil {
-		return h, fmt.Errorf("%s: %w; delete it to go on without the detection of a rollback", r.headPath(), err)
+		return h, fmt.Errorf("%s: %w; delete it to go on without the detection of a rollback", c.Memory, err)
 	}
 	return h, nil
 }
 
-func (r *Repo) rolledBack(seen headSeen) error {
+func (c *Chain) rolledBack(seen headSeen) error {
 	return fmt.Errorf("%w: entry %d of its chain is missing or another one; if you put back an older copy yourself, delete %s",
-		ErrRolledBack, seen.Number, r.headPath())
+		ErrRolledBack, seen.Number, c.Memory)
 }
 
-// remember keeps the head for the next Open. A crash here costs only that.
-func (r *Repo) remember(s *state) error {
+// Remember keeps the head of a state for the next Read. A crash here costs only
+// that.
+func (c *Chain) Remember(s *state) error {
 	if s.head == 0 || s.unknown {
 		return nil
 	}
-	if err := os.MkdirAll(r.cache, 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Dir(c.Memory), 0o700); err != nil {
 		return err
 	}
 	p, err := json.Marshal(headSeen{s.head, s.digest[:]})
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(r.cache, "head-*")
+	f, err := os.CreateTemp(filepath.Dir(c.Memory), "head-*")
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(p)
 	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), r.headPath())
+		err = os.Rename(f.Name(), c.Memory)
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
@@ -338,31 +431,24 @@ func (r *Repo) remember(s *state) error {
 	return nil
 }
 
-// refresh reads the entries after the head and the index objects that are new.
-func (r *Repo) refresh(ctx context.Context) error {
-	r.refreshing.Lock()
-	defer r.refreshing.Unlock()
-	_, err := r.refreshLocked(ctx)
-	return err
-}
-
-// refreshLocked tells whether the chain had to be read anew: entries after
-// the head that was known have been deleted.
-func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
-	old := r.current()
-	s := old
+// Next reads what was added after old, which it leaves as it is, and gives the
+// state after that: old itself when nothing was. anew tells that the chain had
+// to be read from elsewhere, since old's head has been deleted, as prunes do
+// that go on for long. ErrNoKey: an entry is sealed with a key that is not known.
+func (c *Chain) Next(ctx context.Context, old *state) (s *state, anew bool, err error) {
+	s = old
 	for ahead := 1; ; ahead = min(2*ahead, readAhead) {
-		entries, behind, err := r.news(ctx, s, ahead)
+		entries, behind, err := c.news(ctx, s, ahead)
 		if err != nil {
-			return anew, err
+			return old, anew, err
 		}
 		if behind {
-			seen := headSeen{Number: s.head}
-			if seen.Digest = s.digest[:]; s.unknown {
-				seen = headSeen{}
+			var seen headSeen
+			if !s.unknown {
+				seen = headSeen{s.head, s.digest[:]}
 			}
-			if s, err = r.readChain(ctx, seen); err != nil {
-				return anew, err
+			if s, err = c.read(ctx, seen); err != nil {
+				return old, anew, err
 			}
 			anew = true
 			continue
@@ -372,54 +458,35 @@ func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
 				s = old.clone()
 				s.proving = true
 			}
-			err = r.apply(ctx, s, p)
+			err = c.apply(ctx, s, p)
 			if errors.Is(err, seal.ErrNoKey) && len(s.gaps) == 0 {
-				return anew, fmt.Errorf("%w: %s", ErrKeys, err) // not damage: it was whole when it was opened
+				return old, anew, err // not damage: it was whole before
 			}
 			if err := s.skipDamage(err); err != nil {
-				return anew, err
+				return old, anew, err
 			}
 		}
-		if len(entries) == ahead {
-			continue
-		}
-		// An index object that is gone may have been replaced meanwhile.
-		if err := r.takeIndexes(ctx, old, s); errors.Is(err, errMoved) {
-			continue
-		} else if err != nil {
-			return anew, err
-		}
-		break
-	}
-	if s.keyring > old.keyring {
-		if err := r.learn(ctx); err != nil {
-			return anew, err
+		if len(entries) < ahead {
+			break
 		}
 	}
-	if s == old {
-		return anew, nil
+	if s != old {
+		s.proving = false
 	}
-	s.proving = false
-	r.mu.Lock()
-	r.state = s
-	r.mu.Unlock()
-	if !slices.Equal(s.tiers, old.tiers) {
-		r.attach(s)
-	}
-	return anew, r.remember(s)
+	return s, anew, nil
 }
 
 // news reads up to n entries behind the head, and looks whether the head is
 // still there: if not, behind it may be entries that were deleted.
-func (r *Repo) news(ctx context.Context, s *state, n int) (entries [][]byte, behind bool, err error) {
+func (c *Chain) news(ctx context.Context, s *state, n int) (entries [][]byte, behind bool, err error) {
 	var lookErr error
 	var looking sync.WaitGroup
-	looking.Go(func() { behind, lookErr = r.overtaken(ctx, s) })
+	looking.Go(func() { behind, lookErr = c.overtaken(ctx, s) })
 	numbers := make([]uint64, n)
 	for i := range numbers {
 		numbers[i] = s.head + 1 + uint64(i)
 	}
-	for e, fetchErr := range fetch(ctx, r.store, numbers) {
+	for e, fetchErr := range fetch(ctx, c.Store, numbers) {
 		if fetchErr != nil {
 			err = fetchErr
 			break
@@ -435,12 +502,12 @@ func (r *Repo) news(ctx context.Context, s *state, n int) (entries [][]byte, beh
 
 // overtaken reports whether the head that is known has been deleted, as a prune
 // does when two checkpoints follow it.
-func (r *Repo) overtaken(ctx context.Context, s *state) (bool, error) {
+func (c *Chain) overtaken(ctx context.Context, s *state) (bool, error) {
 	if s.head == 0 {
-		numbers, err := entryNumbers(ctx, r.store)
+		numbers, err := entryNumbers(ctx, c.Store)
 		return len(numbers) > 0 && (numbers[0] != 1 || len(numbers) > 1 && numbers[1] != 2), err
 	}
-	p, err := r.store.Get(ctx, entryName(s.head), 0, seal.HeaderLen)
+	p, err := c.Store.Get(ctx, entryName(s.head), 0, seal.HeaderLen)
 	switch {
 	case errors.Is(err, blob.ErrNotExist):
 		return true, nil
@@ -448,25 +515,4 @@ func (r *Repo) overtaken(ctx context.Context, s *state) (bool, error) {
 		return !s.unknown, nil
 	}
 	return !s.unknown && err == nil && !bytes.Equal(p, s.header[:]), err
-}
-
-// takeIndexes brings the index up to the state s, which follows old. It is made
-// anew with a checkpoint between them: packs that are gone are in the quarantine
-// no more then, so that nothing of them may be found; and when lost index objects
-// were replaced: what those alone knew of is not there any more.
-func (r *Repo) takeIndexes(ctx context.Context, old, s *state) error {
-	if s.checkpoint == old.checkpoint && s.mended == old.mended {
-		return r.readIndexes(ctx, s, r.index)
-	}
-	x, err := r.openIndex(s)
-	if err != nil {
-		return err
-	}
-	r.mu.Lock()
-	r.lostIndexes, r.found, r.drop = nil, nil, nil
-	r.mu.Unlock()
-	if err := r.readIndexes(ctx, s, x); err != nil {
-		return errors.Join(err, x.Close())
-	}
-	return r.index.Replace(x)
 }

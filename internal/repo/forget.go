@@ -8,26 +8,6 @@ import (
 	"time"
 )
 
-// Until says how long a point is marked to stay: Forever, a time in RFC 3339,
-// or "" for not at all.
-type Until string
-
-// Forever is until the mark is taken off.
-const Forever Until = "forever"
-
-// UntilTime marks to stay until t.
-func UntilTime(t time.Time) Until { return Until(t.UTC().Format(time.RFC3339)) }
-
-// Holds reports whether the mark keeps a point at that time. A mark that
-// cannot be read keeps it.
-func (u Until) Holds(now time.Time) bool {
-	if u == "" {
-		return false
-	}
-	t, err := time.Parse(time.RFC3339, string(u))
-	return err != nil || now.Before(t)
-}
-
 // ErrKept is returned by Forget for a point that is marked to stay.
 var ErrKept = errors.New("marked to stay")
 

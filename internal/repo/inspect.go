@@ -77,18 +77,13 @@ func (r *Repo) Packs(ctx context.Context, f func(PackInfo) error) error {
 	s := r.current()
 	return r.eachIndex(ctx, s, func(d [32]byte, packs []index.Pack) error {
 		for _, k := range packs {
-			p := PackInfo{hex.EncodeToString(k.Name[:]), packKind(k.Kind), k.Size, len(k.Items), hex.EncodeToString(d[:]), s.inQuarantine(k.Name)}
+			p := PackInfo{hex.EncodeToString(k.Name[:]), packKind(k.Kind), k.Size, len(k.Items), hex.EncodeToString(d[:]), s.quarantine[k.Name] != 0}
 			if err := f(p); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-}
-
-func (s *state) inQuarantine(pack [32]byte) bool {
-	_, ok := s.quarantine[pack]
-	return ok
 }
 
 func (r *Repo) eachIndex(ctx context.Context, s *state, f func([32]byte, []index.Pack) error) error {

@@ -425,21 +425,6 @@ func fitsName(name string, p []byte, raw *seal.Raw) error {
 	return nil
 }
 
-// takeKeys notes what an entry says of the keys.
-func (s *state) takeKeys(e *entrySealed) error {
-	if e.Keyring != "" {
-		n, err := strconv.Atoi(e.Keyring)
-		if err != nil {
-			return fmt.Errorf("%w: keyring %.80q", ErrDamaged, e.Keyring)
-		}
-		s.keyring = max(s.keyring, n)
-	}
-	for _, id := range e.Removed {
-		s.removed[id] = true
-	}
-	return nil
-}
-
 // keys checks that keyrings and slots can be read, and that the newest keyring is
 // there.
 func (c *checker) keys(ctx context.Context) error {

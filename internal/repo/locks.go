@@ -15,20 +15,7 @@ import (
 	"holdfast/internal/blob"
 )
 
-// Immutability is the repository's rule on locks (docs/format.md §6.3): all that
-// a restore point needs cannot be deleted from the store for so many days after
-// it was made.
-type Immutability struct {
-	Days int `json:"days"` // 0: no rule
-	// Mode is "governance" or "compliance"; with Days 0 that of the last rule,
-	// "" if there never was one.
-	Mode string `json:"mode"`
-}
-
 const (
-	// MaxImmutableDays bounds Immutability.Days.
-	MaxImmutableDays = 36500
-
 	day = 24 * time.Hour
 	// lockStep is what ends of locks are rounded up to, so that an object is
 	// locked again once in a step.
@@ -39,36 +26,15 @@ const (
 	locking = 16
 )
 
-// lockState is the rule, and what bears on locks besides.
-type lockState struct {
-	Immutability
-	Commit     uint64 `json:"commit"`     // the newest commit entry
-	Distrusted uint64 `json:"distrusted"` // the newest entry that made items rest on other copies
-}
-
-func (l *lockState) take(rule *Immutability) error {
-	if rule == nil || rule.Days < 0 || rule.Days > MaxImmutableDays {
-		return fmt.Errorf("%w: rule on locks", ErrDamaged)
-	}
-	if rule.Days > 0 && blob.ParseLockMode(rule.Mode) == 0 {
-		return fmt.Errorf("%w: lock mode %.20q", ErrVersion, rule.Mode)
-	}
-	l.Days = rule.Days
-	if blob.ParseLockMode(rule.Mode) != 0 {
-		l.Mode = rule.Mode
-	}
-	return nil
-}
-
-// want is the least lock of what a point needs that is committed at that time.
-func (l *lockState) want(now time.Time) blob.Lock {
-	return blob.Lock{Until: now.Add(time.Duration(l.Days)*day + lockMargin), Mode: blob.ParseLockMode(l.Mode)}
+// wantedLock is the least lock of what a point needs that is committed at that time.
+func wantedLock(rule Immutability, now time.Time) blob.Lock {
+	return blob.Lock{Until: now.Add(time.Duration(rule.Days)*day + lockMargin), Mode: blob.ParseLockMode(rule.Mode)}
 }
 
 // rootKey is under what the lock cache has a whole map: all its items have a
 // good copy that is locked. Distrust may take that copy, and nothing else does.
-func (l *lockState) rootKey(r Root) string {
-	return "map " + string(r) + " " + strconv.FormatUint(l.Distrusted, 10)
+func rootKey(s *state, r Root) string {
+	return "map " + string(r) + " " + strconv.FormatUint(s.locks.Distrusted, 10)
 }
 
 // lockEnd is when a lock ends that is to hold until t at least.
@@ -128,7 +94,9 @@ func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(
 	}
 	s := r.current()
 	now := r.now()
-	until := func(p *Point) time.Time { return later(s.locks.want(now).Until, keptUntil(s, p.ID, now)) }
+	until := func(p *Point) time.Time {
+		return later(wantedLock(s.locks.Immutability, now).Until, keptUntil(s, p.ID, now))
+	}
 	if err := r.protect(ctx, s, until, report); err != nil {
 		return fmt.Errorf("the rule is set, but not all is locked yet, which \"holdfast check\" does: %w", err)
 	}
@@ -151,7 +119,7 @@ func keptUntil(s *state, id PointID, now time.Time) time.Time {
 	}
 	t, err := time.Parse(time.RFC3339, string(mark))
 	if err != nil { // for ever
-		return s.locks.want(now).Until
+		return wantedLock(s.locks.Immutability, now).Until
 	}
 	if most := now.Add(MaxImmutableDays * day); t.After(most) {
 		return most
@@ -284,7 +252,7 @@ func (r *Repo) lockKeys(ctx context.Context) {
 	}
 	names, err := r.keyNames(ctx)
 	if err == nil {
-		_ = r.lock(ctx, names, s.locks.want(r.now()))
+		_ = r.lock(ctx, names, wantedLock(s.locks.Immutability, r.now()))
 	}
 }
 
@@ -312,5 +280,5 @@ func (r *Repo) lockEntry(ctx context.Context, n uint64) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	_ = r.lock(ctx, []string{entryName(n)}, s.locks.want(r.now()))
+	_ = r.lock(ctx, []string{entryName(n)}, wantedLock(s.locks.Immutability, r.now()))
 }

@@ -95,7 +95,7 @@ func unprotected(store *blobtest.Locking, r *Repo, p *Point, entry uint64, until
 			}
 		}
 	}
-	for _, m := range p.maps() {
+	for _, m := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(m.root), m.size)
 		if err != nil {
 			return []string{err.Error()}
@@ -107,7 +107,7 @@ func unprotected(store *blobtest.Locking, r *Repo, p *Point, entry uint64, until
 		want(locked(entryName(n), any), entryName(n))
 	}
 	for d := range r.current().indexes {
-		if r.current().added[d].entry <= entry {
+		if r.current().added[d].Entry <= entry {
 			want(locked(indexName(d), digest(d)), indexName(d))
 		}
 	}

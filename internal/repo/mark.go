@@ -335,7 +335,7 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 	if m.points[p.ID] {
 		return nil
 	}
-	for _, d := range p.maps() {
+	for _, d := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(d.root), d.size)
 		if err == nil {
 			err = m.disk(ctx, p.ID, root)
@@ -541,8 +541,8 @@ func (m *marker) rank(p *index.Place, id pack.ID) int {
 // off after copying has not copied in vain.
 func (m *marker) newer(a, b *index.Place) bool {
 	ka, kb := m.packs[a.Pack], m.packs[b.Pack]
-	if ka.added.entry != kb.added.entry {
-		return ka.added.entry > kb.added.entry
+	if ka.added.Entry != kb.added.Entry {
+		return ka.added.Entry > kb.added.Entry
 	}
 	return bytes.Compare(a.Pack[:], b.Pack[:]) > 0
 }
@@ -637,12 +637,12 @@ func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
 // shielded reports whether a pack belongs to a run that is under way: it has
 // announced it, and will name it in a point that is not there yet.
 func (m *marker) shielded(k *packMark) bool {
-	if k.added.lease == "" {
+	if k.added.Lease == "" {
 		return false
 	}
-	_, before := m.before[k.added.lease]
-	_, after := m.after[k.added.lease]
-	return before || after || k.added.lease == m.own
+	_, before := m.before[k.added.Lease]
+	_, after := m.after[k.added.Lease]
+	return before || after || k.added.Lease == m.own
 }
 
 // missing lists points of which chunks have no copy at all.

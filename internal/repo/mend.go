@@ -21,11 +21,7 @@ func (r *Repo) Damage() []string {
 	s := r.current()
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	var damage []string
-	for _, g := range s.gaps {
-		damage = append(damage, g.text)
-	}
-	return append(damage, r.lostIndexes...)
+	return append(s.Damage(), r.lostIndexes...)
 }
 
 // readIndexes takes the index objects that the cache x does not have into it. One that
@@ -36,7 +32,7 @@ func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error 
 	if err != nil {
 		return err
 	}
-	if len(lost) == 0 && len(s.gaps) == 0 {
+	if len(lost) == 0 && len(s.Damage()) == 0 {
 		return nil
 	}
 	r.mu.RLock()

@@ -154,9 +154,10 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.deriveIDs()
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
-	r.config, r.created = sha256.Sum256(p), c.Created
-	r.state = r.genesis()
-	if err := r.load(ctx); errors.Is(err, ErrRolledBack) {
+	r.chain = &Chain{Store: tiers, Repo: id, Verify: r.pub, Config: sha256.Sum256(p), Made: c.Created,
+		Master: r.master, Newest: r.ring.Newest, Sign: r.sign, Memory: filepath.Join(r.cache, "head")}
+	r.state = r.chain.Genesis()
+	if r.state, err = r.chain.Read(ctx); errors.Is(err, ErrRolledBack) {
 		return nil, r.behind(ctx, err)
 	} else if err != nil {
 		return nil, err

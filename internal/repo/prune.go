@@ -331,8 +331,8 @@ func (p *pruner) choose(want func(*packMark) bool) (packs [][32]byte) {
 	}
 	slices.SortFunc(packs, func(a, b [32]byte) int {
 		ka, kb := p.m.packs[a], p.m.packs[b]
-		if ka.added.entry != kb.added.entry {
-			return int(int64(ka.added.entry) - int64(kb.added.entry))
+		if ka.added.Entry != kb.added.Entry {
+			return int(int64(ka.added.Entry) - int64(kb.added.Entry))
 		}
 		return bytes.Compare(a[:], b[:])
 	})

@@ -119,7 +119,7 @@ func (p *pruner) lockOwn(ctx context.Context) error {
 	for _, i := range p.run.shelf {
 		names = append(names, indexName(i.digest))
 	}
-	return p.r.lock(ctx, names, s.locks.want(p.r.now()))
+	return p.r.lock(ctx, names, wantedLock(s.locks.Immutability, p.r.now()))
 }
 
 // lockIndexes locks index objects that are about to replace others.
@@ -132,5 +132,5 @@ func (p *pruner) lockIndexes(ctx context.Context, digests []seal.Hex) error {
 	for _, d := range digests {
 		names = append(names, indexName([32]byte(d)))
 	}
-	return p.r.lock(ctx, names, s.locks.want(p.r.now()))
+	return p.r.lock(ctx, names, wantedLock(s.locks.Immutability, p.r.now()))
 }

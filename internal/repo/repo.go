@@ -21,14 +21,6 @@ import (
 	"holdfast/internal/repo/internal/tree"
 )
 
-type (
-	// PointID and HistoryID are 32 lower-case hex digits, random.
-	PointID   string
-	HistoryID string
-	// Root names a disk's map, in the form of docs/format.md §4.
-	Root string
-)
-
 var (
 	ErrNotRepository = errors.New("not a Holdfast repository")
 	ErrExist         = errors.New("there is a repository already")
@@ -43,53 +35,10 @@ var (
 	// ErrKeys: the keys were changed, and what opened the repository here is
 	// not among the new ones.
 	ErrKeys = errors.New("the repository's keys were changed")
-	// ErrRolledBack: the store does not contain what this machine saw in it.
-	ErrRolledBack = errors.New("the repository is older than this machine has seen it")
 )
 
 // ChunkSize is the alignment, in bytes, of writes to a DiskWriter.
 const ChunkSize = tree.ChunkSize
-
-// Point is a restore point: one VM at one time, always complete.
-type Point struct {
-	ID            PointID   `json:"id"`
-	History       HistoryID `json:"history"`
-	VM            string    `json:"vm"`   // name at that time
-	Kind          string    `json:"kind"` // of the hypervisor
-	Host          string    `json:"host"`
-	VMID          string    `json:"vm_id"` // identity on its host
-	Time          time.Time `json:"time"`  // of the snapshot; UTC
-	Consistency   string    `json:"consistency"`
-	Notes         []string  `json:"notes,omitempty"`
-	Session       string    `json:"session"`                  // the run that made it
-	Reference     string    `json:"reference,omitempty"`      // reference point; "" when there is none
-	ReferenceNote string    `json:"reference_note,omitempty"` // why there is none
-	CopiedFrom    string    `json:"copied_from,omitempty"`    // id of the repository that it was copied from; "" for one made here
-	Disks         []Disk    `json:"disks"`
-	Files         []File    `json:"files"`
-	ReadBytes     int64     `json:"read_bytes"`   // read from the host for this point
-	NewBytes      int64     `json:"new_bytes"`    // plain bytes of chunks that were new to the repository; set by Commit
-	StoredBytes   int64     `json:"stored_bytes"` // bytes that the run added to packs; set by Commit
-	Keep          Until     `json:"-"`            // marked to stay; from the chain
-}
-
-// Disk is one disk of a Point.
-type Disk struct {
-	ID         string `json:"id"`
-	Size       int64  `json:"size"`             // bytes
-	Format     string `json:"format"`           // on the host at that time
-	Sector     int64  `json:"sector,omitempty"` // logical, as the guest knew it, bytes; 0 when the host did not say
-	Path       string `json:"path"`
-	Root       Root   `json:"root"`
-	FullReason string `json:"full_reason,omitempty"` // why it was read whole
-}
-
-// File is a piece of configuration of a Point.
-type File struct {
-	Name string `json:"name"`
-	Size int64  `json:"size"` // bytes
-	Root Root   `json:"root"`
-}
 
 // Options of Init and Open.
 type Options struct {
@@ -126,10 +75,9 @@ type Repo struct {
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
 	ring  liveRing
+	chain *Chain
 	cache string // directory of this repository's cache
 
-	config   [32]byte  // SHA-256 of the object of that name
-	created  time.Time // as it says
 	openTier func(ctx context.Context, location string) (blob.Store, error)
 	mirrorOf string // the tier that the own store is; "" when it is the repository's own
 	isMirror error  // why nothing is written then

@@ -58,26 +58,6 @@ func (run *Run) rests(s *state) error {
 	return nil
 }
 
-// hasRoot reports whether a living point has that map.
-func (s *state) hasRoot(root Root) bool {
-	if root == "zero" {
-		return true
-	}
-	for _, p := range s.points {
-		for _, d := range p.Disks {
-			if d.Root == root {
-				return true
-			}
-		}
-		for _, f := range p.Files {
-			if f.Root == root {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // appendPoint creates the commit entry.
 func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*state) error) error {
 	for {
@@ -100,7 +80,7 @@ func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*state) 
 func (run *Run) verify(ctx context.Context, p *Point) error {
 	s := run.r.current()
 	seen := map[tree.ID]bool{}
-	for _, m := range p.maps() {
+	for _, m := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(m.root), m.size)
 		if err != nil {
 			return err
@@ -187,7 +167,7 @@ type diskMap struct {
 }
 
 // maps gives the maps of all disks and files.
-func (p *Point) maps() []diskMap {
+func mapsOf(p *Point) []diskMap {
 	var all []diskMap
 	for _, d := range p.Disks {
 		all = append(all, diskMap{"disk " + d.ID, d.Root, d.Size})

@@ -39,8 +39,8 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 		return nil, err
 	}
 	u, s := r.ring.now.Load(), r.current()
-	if len(s.gaps) > 0 {
-		return nil, fmt.Errorf("%s; keys cannot be changed before it is back: put it back from a copy of the repository", s.gaps[0])
+	if damage := s.Damage(); len(damage) > 0 {
+		return nil, fmt.Errorf("%s; keys cannot be changed before it is back: put it back from a copy of the repository", damage[0])
 	}
 	names, err := blob.Names(ctx, r.store, "keyring/")
 	if err != nil {

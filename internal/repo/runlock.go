@@ -77,7 +77,7 @@ func (run *Run) lock(ctx context.Context, p *Point) error {
 
 func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
 	r := run.r
-	want := s.locks.want(r.now())
+	want := wantedLock(s.locks.Immutability, r.now())
 	names, err := r.common(ctx, s)
 	if err != nil {
 		return err
@@ -126,7 +126,7 @@ func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
 	run.locked = lockedAt{head: s.head, rule: s.locks.Immutability, distrusted: s.locks.Distrusted}
 	if !n.lost {
 		run.locked.roots = map[Root]blob.Lock{}
-		for _, m := range p.maps() {
+		for _, m := range mapsOf(p) {
 			run.locked.roots[m.root] = least
 		}
 	}
@@ -141,14 +141,14 @@ func (run *Run) walk(ctx context.Context, n *needs, s *state, p *Point, want blo
 	holds := func(root Root) bool {
 		l, ok := run.locked.roots[root]
 		if !ok {
-			l = run.r.locks.get(s.locks.rootKey(root))
+			l = run.r.locks.get(rootKey(s, root))
 		}
 		if l.Holds(want) && l.Until.Before(least.Until) {
 			least.Until = l.Until
 		}
 		return l.Holds(want)
 	}
-	for _, m := range p.maps() {
+	for _, m := range mapsOf(p) {
 		if holds(m.root) {
 			continue
 		}
@@ -190,9 +190,9 @@ func (run *Run) settleLocks() {
 	if run.locked.head == 0 || s.locks.Days == 0 {
 		return
 	}
-	want := s.locks.want(r.now())
+	want := wantedLock(s.locks.Immutability, r.now())
 	for root, l := range run.locked.roots {
-		r.locks.set(s.locks.rootKey(root), l)
+		r.locks.set(rootKey(s, root), l)
 	}
 	_ = r.locks.save(r.now()) // it is there to save work
 	if name := entryName(run.locked.head + 1); !r.locks.holds(name, want) {

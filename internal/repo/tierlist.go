@@ -145,7 +145,7 @@ func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held ma
 	w := &wholes{r: r, listed: listed, nodes: map[tree.ID]bool{}}
 	for _, p := range s.points {
 		whole := s.committed[p.ID] <= info.Entry
-		for _, m := range p.maps() {
+		for _, m := range mapsOf(&p) {
 			if !whole {
 				break
 			}

@@ -39,44 +39,6 @@ var (
 	ErrOnlyThere = errors.New("packs are only in this tier")
 )
 
-// Tier is a store beside the repository's own one.
-type Tier struct {
-	Name     string `json:"name"`
-	Location string `json:"location"` // for Options.OpenTier
-	// OlderThan says how old packs have to be to go there, in the caller's
-	// words; Copy that they stay in the own store, too.
-	OlderThan string `json:"older_than,omitempty"`
-	Copy      bool   `json:"copy,omitempty"`
-	// Back: it is being emptied.
-	Back bool `json:"back,omitempty"`
-	// Turned is the entry that added the tier or changed Back.
-	Turned uint64 `json:"turned,omitempty"`
-}
-
-// takeTiers takes over the tiers that entry n tells.
-func (s *state) takeTiers(n uint64, tiers []Tier) {
-	tiers = slices.Clone(tiers)
-	for i := range tiers {
-		t := &tiers[i]
-		t.Turned = n
-		if old := s.tier(t.Name); old != nil && old.Back == t.Back {
-			t.Turned = old.Turned
-		}
-	}
-	s.tiers = tiers
-	s.moved = n // who has missed a pack looks again
-}
-
-// tier gives a tier of the state, or nil.
-func (s *state) tier(name string) *Tier {
-	for i := range s.tiers {
-		if s.tiers[i].Name == name {
-			return &s.tiers[i]
-		}
-	}
-	return nil
-}
-
 // attach makes the stores of the state's tiers be looked into.
 func (r *Repo) attach(s *state) {
 	var tiers []blob.Tier
@@ -123,7 +85,7 @@ func (r *Repo) behind(ctx context.Context, err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: this store is its tier %s, which has a copy of the chain up to entry %d of %s; if the repository's own store is lost, delete %s to go on with this copy",
-		ErrRolledBack, name, r.state.head, r.state.time.Format("2006-01-02 15:04"), r.headPath())
+		ErrRolledBack, name, r.state.head, r.state.time.Format("2006-01-02 15:04"), r.chain.Memory)
 }
 
 // mark reads a store's object "tier" and gives the tier's name.

@@ -223,10 +223,10 @@ func TestTierBehind(t *testing.T) {
 	}
 	r.Close()
 	_, err = Open(ctx, w.far, secret, o)
-	if !errors.Is(err, ErrRolledBack) || !strings.Contains(err.Error(), "tier far") || !strings.Contains(err.Error(), r.headPath()) {
+	if !errors.Is(err, ErrRolledBack) || !strings.Contains(err.Error(), "tier far") || !strings.Contains(err.Error(), r.chain.Memory) {
 		t.Fatal(err)
 	}
-	if err := os.Remove(r.headPath()); err != nil {
+	if err := os.Remove(r.chain.Memory); err != nil {
 		t.Fatal(err)
 	}
 	if r, err = Open(ctx, w.far, secret, o); err != nil {

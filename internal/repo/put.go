@@ -1,0 +1,65 @@
+package repo
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/seal"
+)
+
+// ErrLeftBehind: this process stood still while others went on for so long
+// that it cannot be told whether what it added counts.
+var ErrLeftBehind = errors.New("this process stood still while the repository's chain went on for thousands of entries; what it was about to do is void")
+
+// Put creates the entry n that follows s, which has no damage, and gives its
+// bytes. ours is false when another writer was faster: then nothing was done.
+// clear needs neither number nor what follows from s. The entry is durable;
+// whether it counts the next reading tells: when that had to begin anew, see
+// Counts.
+func (c *Chain) Put(ctx context.Context, s *state, k kind, clear entryClear, content []byte) (n uint64, p []byte, ours bool, err error) {
+	clear.Number, clear.Previous, clear.Time, clear.Start = s.head+1, s.digest[:], time.Now().UTC(), s.older
+	if k == kindCheckpoint {
+		clear.Start = s.checkpoint
+	}
+	b, err := json.Marshal(clear)
+	if err != nil {
+		return 0, nil, false, err
+	}
+	number, master := c.Newest()
+	d := seal.Document{Header: seal.NewHeader(seal.Entry, uint16(k), number, c.Repo), Clear: b, Sealed: content}
+	if p, err = d.Marshal(master, "chain", c.Sign); err != nil {
+		return 0, nil, false, err
+	}
+	ours, err = blob.Claim(ctx, c.Store, entryName(clear.Number), p)
+	return clear.Number, p, ours, err
+}
+
+// Counts makes sure that entry n, whose bytes p this process has just stored, is
+// in the chain, of which s was read anew after that. Its name may have been free
+// because the true entry n was deleted: then entry n-1 is gone as well, which
+// shows (docs/format.md §6.4). point is what the entry commits; nil for none. It
+// fails with ErrLeftBehind.
+func (c *Chain) Counts(ctx context.Context, s *state, n uint64, p []byte, point *Point) error {
+	if n >= s.older {
+		if there, err := c.Store.Get(ctx, entryName(n), 0, -1); err != nil || bytes.Equal(there, p) {
+			return err
+		}
+		return ErrLeftBehind
+	}
+	if point != nil {
+		_, live := s.points[point.ID]
+		_, gone := s.forgotten[point.ID]
+		if live || gone {
+			return nil
+		}
+	}
+	// What is before the chain's start is nothing to anybody.
+	if err := c.Store.Delete(ctx, entryName(n)); err != nil && !errors.Is(err, blob.ErrNotExist) {
+		return errors.Join(ErrLeftBehind, err)
+	}
+	return ErrLeftBehind
+}
