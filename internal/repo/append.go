@@ -96,7 +96,7 @@ func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
 		}
 		break
 	}
-	if s.keyring > old.keyring {
+	if s.Keyring > old.Keyring {
 		if err := r.learn(ctx); err != nil {
 			return anew, err
 		}
@@ -107,7 +107,7 @@ func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
 	r.mu.Lock()
 	r.state = s
 	r.mu.Unlock()
-	if !slices.Equal(s.tiers, old.tiers) {
+	if !slices.Equal(s.Tiers, old.Tiers) {
 		r.attach(s)
 	}
 	return anew, r.chain.Remember(s)
@@ -118,7 +118,7 @@ func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
 // no more then, so that nothing of them may be found; and when lost index objects
 // were replaced: what those alone knew of is not there any more.
 func (r *Repo) takeIndexes(ctx context.Context, old, s *state) error {
-	if s.checkpoint == old.checkpoint && s.mended == old.mended {
+	if s.Checkpoint == old.Checkpoint && s.Mended == old.Mended {
 		return r.readIndexes(ctx, s, r.index)
 	}
 	x, err := r.openIndex(s)

@@ -141,7 +141,7 @@ func newRotten(t *testing.T, rng *rand.Rand) *rotten {
 			}
 		}
 	}
-	w.head = r.current().head
+	w.head = r.current().Head
 	if err := r.Pin(ctx, "ab", w.points[0].ID); err != nil {
 		t.Fatal(err)
 	}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"slices"
 	"strconv"
@@ -31,6 +30,17 @@ const (
 	kindLocks
 	kindTiers
 )
+
+// String names the kind as docs/format.md does; "" for one that is not known.
+func (k kind) String() string {
+	names := []string{kindAdd: "add", kindCommit: "commit", kindForget: "forget", kindKeep: "keep", kindRevoke: "revoke",
+		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust",
+		kindLocks: "locks", kindTiers: "tiers"}
+	if int(k) >= len(names) {
+		return ""
+	}
+	return names[k]
+}
 
 // entryClear is an entry's clear part.
 type entryClear struct {
@@ -67,40 +77,40 @@ type badItem struct {
 }
 
 type badKey struct {
-	pack [32]byte
-	id   pack.ID
+	Pack [32]byte
+	ID   pack.ID
 }
 
 // state is what the chain says up to its head. A state is replaced, never
 // changed, once it is in Repo.state.
 type state struct {
-	head       uint64
-	digest     [32]byte // of entry head, or of config
-	points     map[PointID]Point
-	order      []PointID
-	committed  map[PointID]uint64  // the entry of each point
-	forgotten  map[PointID]*Point  // nil for one that no pin can name any more
-	keep       map[PointID]Until   // marked to stay
-	indexes    map[[32]byte]bool   // live index objects
-	added      map[[32]byte]adding // by what entry, of each of those
-	over       map[string]kind     // leases: committed or revoked
-	quarantine map[[32]byte]uint64 // packs, and the entry that put them there
-	bad        map[badKey]bool
-	time       time.Time       // of the head, for people
-	keyring    int             // number of the newest one that an entry names
-	removed    map[string]bool // key slots
-	tiers      []Tier          // other stores that hold packs; Turned included. Replaced, never changed
+	Head       uint64
+	Digest     [32]byte // of entry head, or of config
+	Points     map[PointID]Point
+	Order      []PointID
+	Committed  map[PointID]uint64  // the entry of each point
+	Forgotten  map[PointID]*Point  // nil for one that no pin can name any more
+	Keep       map[PointID]Until   // marked to stay
+	Indexes    map[[32]byte]bool   // live index objects
+	Added      map[[32]byte]adding // by what entry, of each of those
+	Over       map[string]kind     // leases: committed or revoked
+	Quarantine map[[32]byte]uint64 // packs, and the entry that put them there
+	Bad        map[badKey]bool
+	Time       time.Time       // of the head, for people
+	Keyring    int             // number of the newest one that an entry names
+	Removed    map[string]bool // key slots
+	Tiers      []Tier          // other stores that hold packs; Turned included. Replaced, never changed
 	// quarantined is the newest entry that put packs into quarantine, moved the
 	// newest that changed which copies count: quarantine, sweep, distrust.
-	quarantined, moved uint64
+	Quarantined, Moved uint64
 	// mended is the newest entry that put others in the place of lost index
 	// objects. What those alone knew of is in the inventory no more.
-	mended uint64
+	Mended uint64
 	// checkpoint is the number of the newest one, older that of the one before
 	// it, from which the chain has to be read.
-	checkpoint, older uint64
+	Checkpoint, Older uint64
 	// locks is the rule on immutability; a checkpoint carries its Immutability.
-	locks lockState
+	Locks lockState
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps. healed are those before a
 	// checkpoint, which has what they said.
@@ -120,16 +130,16 @@ type adding struct {
 }
 
 func newState(config [32]byte) *state {
-	return &state{digest: config, points: map[PointID]Point{}, committed: map[PointID]uint64{}, forgotten: map[PointID]*Point{}, keep: map[PointID]Until{},
-		indexes: map[[32]byte]bool{}, added: map[[32]byte]adding{},
-		over: map[string]kind{}, quarantine: map[[32]byte]uint64{}, bad: map[badKey]bool{}, removed: map[string]bool{}}
+	return &state{Digest: config, Points: map[PointID]Point{}, Committed: map[PointID]uint64{}, Forgotten: map[PointID]*Point{}, Keep: map[PointID]Until{},
+		Indexes: map[[32]byte]bool{}, Added: map[[32]byte]adding{},
+		Over: map[string]kind{}, Quarantine: map[[32]byte]uint64{}, Bad: map[badKey]bool{}, Removed: map[string]bool{}}
 }
 
 func entryName(n uint64) string { return fmt.Sprintf("chain/%012d", n) }
 
 // apply checks entry n's bytes against the state and takes it in.
 func (c *Chain) apply(ctx context.Context, s *state, p []byte) error {
-	n := s.head + 1
+	n := s.Head + 1
 	raw, err := seal.Parse(p, seal.Entry)
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
@@ -142,7 +152,7 @@ func (c *Chain) apply(ctx context.Context, s *state, p []byte) error {
 	if err := seal.Unmarshal(raw.Clear, &clear); err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	if clear.Number != n || !s.unknown && !bytes.Equal(clear.Previous, s.digest[:]) {
+	if clear.Number != n || !s.unknown && !bytes.Equal(clear.Previous, s.Digest[:]) {
 		return fmt.Errorf("%s: %w: it does not follow its predecessor; an entry was exchanged or removed", entryName(n), ErrDamaged)
 	}
 	master, err := c.Master(ctx, raw.Header.Key)
@@ -161,7 +171,7 @@ func (c *Chain) apply(ctx context.Context, s *state, p []byte) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", entryName(n), err)
 	}
-	s.head, s.digest, s.unknown, s.time = n, sha256.Sum256(p), false, clear.Time
+	s.Head, s.Digest, s.unknown, s.Time = n, sha256.Sum256(p), false, clear.Time
 	copy(s.header[:], p)
 	return nil
 }
@@ -171,69 +181,69 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 	switch k {
 	case kindAdd:
 		if len(c.Drops) > 0 {
-			s.mended, s.locks.Distrusted = c.Number, c.Number
+			s.Mended, s.Locks.Distrusted = c.Number, c.Number
 		}
 	case kindKeys:
 		if err := s.takeKeys(e); err != nil {
 			return err
 		}
 	case kindSweep:
-		s.moved = c.Number
+		s.Moved = c.Number
 	case kindTiers:
 		s.takeTiers(c.Number, e.Tiers)
 	case kindCommit:
 		if e.Point == nil || e.Point.ID == "" {
 			return fmt.Errorf("%w: commit without a point", ErrDamaged)
 		}
-		if _, ok := s.forgotten[e.Point.ID]; ok { // it was copied here once more
-			s.order = slices.DeleteFunc(s.order, func(id PointID) bool { return id == e.Point.ID })
-			delete(s.forgotten, e.Point.ID)
+		if _, ok := s.Forgotten[e.Point.ID]; ok { // it was copied here once more
+			s.Order = slices.DeleteFunc(s.Order, func(id PointID) bool { return id == e.Point.ID })
+			delete(s.Forgotten, e.Point.ID)
 		}
-		s.committed[e.Point.ID] = c.Number
-		s.points[e.Point.ID] = *e.Point
-		s.order = append(s.order, e.Point.ID)
-		s.over[c.Lease] = k
-		s.locks.Commit = c.Number
+		s.Committed[e.Point.ID] = c.Number
+		s.Points[e.Point.ID] = *e.Point
+		s.Order = append(s.Order, e.Point.ID)
+		s.Over[c.Lease] = k
+		s.Locks.Commit = c.Number
 	case kindForget:
 		for _, id := range e.Points {
-			if p, ok := s.points[id]; ok {
-				s.forgotten[id] = &p
-				delete(s.points, id)
-				delete(s.committed, id)
+			if p, ok := s.Points[id]; ok {
+				s.Forgotten[id] = &p
+				delete(s.Points, id)
+				delete(s.Committed, id)
 			}
 		}
 	case kindKeep:
 		for _, id := range e.Points {
 			if e.Until == nil || *e.Until == "" {
-				delete(s.keep, id)
+				delete(s.Keep, id)
 			} else {
-				s.keep[id] = *e.Until
+				s.Keep[id] = *e.Until
 			}
 		}
 	case kindRevoke:
-		s.over[c.Lease] = k
+		s.Over[c.Lease] = k
 	case kindQuarantine:
 		for _, h := range e.Packs {
-			name, err := parseDigest(h)
+			name, err := seal.ParseDigest(h)
 			if err != nil {
 				return err
 			}
-			if s.quarantine[name] == 0 {
-				s.quarantine[name] = c.Number
+			if s.Quarantine[name] == 0 {
+				s.Quarantine[name] = c.Number
 			}
 		}
-		s.quarantined, s.moved = c.Number, c.Number
+		s.Quarantined, s.Moved = c.Number, c.Number
 	case kindDistrust:
 		for _, i := range e.Items {
 			if len(i.Pack) != 32 || len(i.ID) != 32 {
 				return fmt.Errorf("%w: distrusted item", ErrDamaged)
 			}
-			s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
+			s.Bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 		}
-		s.moved = c.Number
-		s.locks.Distrusted = c.Number
+		s.Moved = c.Number
+		s.Locks.Distrusted = c.Number
 	case kindLocks:
-		if err := s.locks.take(c.Locks); err != nil {
+		if err := s.Locks.take(c.Locks); err != nil {
 			return err
 		}
 	default:
@@ -243,14 +253,14 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		if len(d) != 32 {
 			return fmt.Errorf("%w: index digest", ErrDamaged)
 		}
-		s.indexes[[32]byte(d)] = true
-		s.added[[32]byte(d)] = adding{c.Number, c.Lease}
+		s.Indexes[[32]byte(d)] = true
+		s.Added[[32]byte(d)] = adding{c.Number, c.Lease}
 	}
 	for _, d := range c.Drops {
 		if len(d) == 32 {
-			delete(s.indexes, [32]byte(d))
-			delete(s.added, [32]byte(d))
-			s.moved = c.Number
+			delete(s.Indexes, [32]byte(d))
+			delete(s.Added, [32]byte(d))
+			s.Moved = c.Number
 		}
 	}
 	return nil
@@ -263,10 +273,10 @@ func (s *state) takeKeys(e *entrySealed) error {
 		if err != nil {
 			return fmt.Errorf("%w: keyring %.80q", ErrDamaged, e.Keyring)
 		}
-		s.keyring = max(s.keyring, n)
+		s.Keyring = max(s.Keyring, n)
 	}
 	for _, id := range e.Removed {
-		s.removed[id] = true
+		s.Removed[id] = true
 	}
 	return nil
 }
@@ -277,30 +287,30 @@ func (s *state) takeTiers(n uint64, tiers []Tier) {
 	for i := range tiers {
 		t := &tiers[i]
 		t.Turned = n
-		if old := s.tier(t.Name); old != nil && old.Back == t.Back {
+		if old := s.Tier(t.Name); old != nil && old.Back == t.Back {
 			t.Turned = old.Turned
 		}
 	}
-	s.tiers = tiers
-	s.moved = n // who has missed a pack looks again
+	s.Tiers = tiers
+	s.Moved = n // who has missed a pack looks again
 }
 
 // tier gives a tier of the state, or nil.
-func (s *state) tier(name string) *Tier {
-	for i := range s.tiers {
-		if s.tiers[i].Name == name {
-			return &s.tiers[i]
+func (s *state) Tier(name string) *Tier {
+	for i := range s.Tiers {
+		if s.Tiers[i].Name == name {
+			return &s.Tiers[i]
 		}
 	}
 	return nil
 }
 
 // hasRoot reports whether a living point has that map.
-func (s *state) hasRoot(root Root) bool {
+func (s *state) HasRoot(root Root) bool {
 	if root == "zero" {
 		return true
 	}
-	for _, p := range s.points {
+	for _, p := range s.Points {
 		for _, d := range p.Disks {
 			if d.Root == root {
 				return true
@@ -315,20 +325,12 @@ func (s *state) hasRoot(root Root) bool {
 	return false
 }
 
-func parseDigest(s string) (d [32]byte, err error) {
-	b, err := hex.DecodeString(s)
-	if err != nil || len(b) != 32 {
-		return d, fmt.Errorf("%w: digest %.80q", ErrDamaged, s)
-	}
-	return [32]byte(b), nil
-}
-
 func (s *state) clone() *state {
 	c := *s
-	c.points, c.committed, c.indexes, c.over = cloneMap(s.points), cloneMap(s.committed), cloneMap(s.indexes), cloneMap(s.over)
-	c.quarantine, c.bad, c.removed = cloneMap(s.quarantine), cloneMap(s.bad), cloneMap(s.removed)
-	c.forgotten, c.keep, c.added = cloneMap(s.forgotten), cloneMap(s.keep), cloneMap(s.added)
-	c.order = append([]PointID(nil), s.order...)
+	c.Points, c.Committed, c.Indexes, c.Over = cloneMap(s.Points), cloneMap(s.Committed), cloneMap(s.Indexes), cloneMap(s.Over)
+	c.Quarantine, c.Bad, c.Removed = cloneMap(s.Quarantine), cloneMap(s.Bad), cloneMap(s.Removed)
+	c.Forgotten, c.Keep, c.Added = cloneMap(s.Forgotten), cloneMap(s.Keep), cloneMap(s.Added)
+	c.Order = append([]PointID(nil), s.Order...)
 	c.gaps, c.healed = slices.Clip(s.gaps), slices.Clip(s.healed)
 	return &c
 }

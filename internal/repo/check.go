@@ -102,7 +102,7 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 		return nil, err
 	}
 	if err := c.stored(ctx); err != nil {
-		if errors.Is(err, ErrDamaged) && c.r.refresh(ctx) == nil && c.r.current().moved != c.moved {
+		if errors.Is(err, ErrDamaged) && c.r.refresh(ctx) == nil && c.r.current().Moved != c.moved {
 			return nil, errMoved
 		}
 		return nil, err
@@ -160,7 +160,7 @@ func (c *checker) chain(ctx context.Context) error {
 		return err
 	}
 	known := c.r.current()
-	c.moved = known.moved
+	c.moved = known.Moved
 	problems, vanished, err := c.r.chain.Compare(ctx, known)
 	if err != nil {
 		return err
@@ -169,14 +169,14 @@ func (c *checker) chain(ctx context.Context) error {
 		if err := c.r.refresh(ctx); err != nil {
 			return err
 		}
-		if c.r.current().checkpoint != known.checkpoint {
+		if c.r.current().Checkpoint != known.Checkpoint {
 			return errMoved
 		}
 	}
 	for _, what := range problems {
 		c.problem(Problem{Object: "chain", What: what})
 	}
-	c.report.Entries, c.report.Points = known.head, len(known.points)
+	c.report.Entries, c.report.Points = known.Head, len(known.Points)
 	return nil
 }
 
@@ -185,7 +185,7 @@ func (c *checker) chain(ctx context.Context) error {
 func (c *checker) indexes(ctx context.Context) error {
 	s := c.r.current()
 	lost := map[[32]byte]bool{}
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		packs, err := c.r.readIndex(ctx, d)
 		if errors.Is(err, ErrDamaged) {
 			c.problem(Problem{Object: indexName(d), What: err.Error()})
@@ -213,7 +213,7 @@ func (c *checker) indexes(ctx context.Context) error {
 func (c *checker) note(index [32]byte, packs []index.Pack) {
 	s := c.r.current()
 	for i, k := range packs {
-		if s.quarantine[k.Name] != 0 {
+		if s.Quarantine[k.Name] != 0 {
 			continue // nothing may rest on it, and it may be gone any time
 		}
 		c.packs[k.Name] = packInfo{k.Size, index, i}
@@ -243,9 +243,9 @@ func (c *checker) stored(ctx context.Context) error {
 	}
 	seen := verifiedIn(readingCache(c.r.cache, c.r.mirrorOf))
 	read := seen.choose(c.packs, c.o)
-	for k := range c.r.current().bad { // where damage was found before
-		if _, listed := c.packs[k.pack]; listed {
-			read[k.pack] = true
+	for k := range c.r.current().Bad { // where damage was found before
+		if _, listed := c.packs[k.Pack]; listed {
+			read[k.Pack] = true
 		}
 	}
 	var done int64
@@ -290,7 +290,7 @@ func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there 
 		return nil
 	}
 	s := getter(c.r.store)
-	if len(c.r.current().tiers) > 0 {
+	if len(c.r.current().Tiers) > 0 {
 		s = ownFirst{c.r.tiers}
 	}
 	p, what, err := readTwice(ctx, s, packName(name), name)
@@ -353,8 +353,8 @@ func (c *checker) opens(ctx context.Context, p []byte, at index.Place, id pack.I
 // points goes through every restore point's maps.
 func (c *checker) points(ctx context.Context) error {
 	s := c.r.current()
-	for _, id := range s.order {
-		p, ok := s.points[id]
+	for _, id := range s.Order {
+		p, ok := s.Points[id]
 		if !ok {
 			continue
 		}
@@ -455,10 +455,10 @@ const distrustItems = 1 << 16
 // distrust records the damaged copies that the chain does not know yet.
 func (c *checker) distrust(ctx context.Context) error {
 	var items []badItem
-	known := c.r.current().bad
+	known := c.r.current().Bad
 	for k := range c.bad {
 		if !known[k] {
-			items = append(items, badItem{k.pack[:], k.id[:]})
+			items = append(items, badItem{k.Pack[:], k.ID[:]})
 		}
 	}
 	c.report.Distrusted = len(items)
@@ -486,7 +486,7 @@ func (c *checker) still(ctx context.Context) error {
 	if err := c.r.refresh(ctx); err != nil {
 		return err
 	}
-	if c.r.current().moved != c.moved {
+	if c.r.current().Moved != c.moved {
 		return errMoved
 	}
 	return nil

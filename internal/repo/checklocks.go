@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/seal"
 )
 
 // LockReport is what a check found of locks.
@@ -26,13 +27,13 @@ type LockReport struct {
 // problem where the store had told that it was locked, or cannot lock.
 func (c *checker) locks(ctx context.Context) error {
 	s := c.r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return nil
 	}
-	c.report.Locks = &LockReport{Immutability: s.locks.Immutability}
-	err := TryLocks(ctx, c.r.store, s.locks.Mode)
+	c.report.Locks = &LockReport{Immutability: s.Locks.Immutability}
+	err := TryLocks(ctx, c.r.store, s.Locks.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
-		c.problem(noLocks(s.locks.Immutability, err))
+		c.problem(noLocks(s.Locks.Immutability, err))
 		return nil
 	} else if ctx.Err() != nil {
 		return err
@@ -43,7 +44,7 @@ func (c *checker) locks(ctx context.Context) error {
 	now := c.r.now()
 	must, err := c.r.needsOf(ctx, s, func(p *Point) time.Time {
 		t := promised(s, p, now)
-		if mark := s.keep[p.ID]; mark != Forever {
+		if mark := s.Keep[p.ID]; mark != Forever {
 			t = later(t, keptUntil(s, p.ID, now))
 		}
 		return t
@@ -64,7 +65,7 @@ func (c *checker) locks(ctx context.Context) error {
 	g.SetLimit(locking)
 	for name, until := range want {
 		g.Go(func() error {
-			was, now, err := c.lockAgain(gctx, locker, name, blob.Lock{Until: until, Mode: blob.ParseLockMode(s.locks.Mode)})
+			was, now, err := c.lockAgain(gctx, locker, name, blob.Lock{Until: until, Mode: blob.ParseLockMode(s.Locks.Mode)})
 			if errors.Is(err, blob.ErrNotExist) {
 				return nil // that it is missing is told elsewhere
 			}
@@ -79,7 +80,7 @@ func (c *checker) locks(ctx context.Context) error {
 				return gctx.Err()
 			case err != nil:
 				c.problem(Problem{Object: name, What: fmt.Sprintf("cannot be locked: %v", err)})
-			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: blob.ParseLockMode(s.locks.Mode)}) && wasLocked(s, name) && !c.undeleted(name):
+			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: blob.ParseLockMode(s.Locks.Mode)}) && wasLocked(s, name) && !c.undeleted(name):
 				c.problem(Problem{Object: name, What: fmt.Sprintf("it was %s, should be until %s; it is locked now", lockText(was), must[name].UTC().Format(time.DateOnly))})
 			}
 			return nil
@@ -126,10 +127,10 @@ func wasLocked(s *state, name string) bool {
 	switch dir, rest, _ := strings.Cut(name, "/"); dir {
 	case "chain":
 		n, ok := entryNumber(name)
-		return ok && n >= s.older && n < s.locks.Commit
+		return ok && n >= s.Older && n < s.Locks.Commit
 	case "index":
-		d, err := parseDigest(rest)
-		return err == nil && s.added[d].Entry <= s.locks.Commit
+		d, err := seal.ParseDigest(rest)
+		return err == nil && s.Added[d].Entry <= s.Locks.Commit
 	case "keys", "keyring":
 		return false
 	}

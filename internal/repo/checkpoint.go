@@ -21,22 +21,22 @@ import (
 func (s *state) parts(adds []seal.Hex) map[string]any {
 	return map[string]any{
 		"points":      &via[[]Point]{s.living, s.setLiving},
-		"committed":   &s.committed,
-		"keep":        &s.keep,
+		"committed":   &s.Committed,
+		"keep":        &s.Keep,
 		"forgotten":   &via[[]PointID]{s.gone, s.setGone},
 		"pinned":      &via[[]Point]{s.pinned, s.setPinned},
 		"added":       &via[[]adding]{func() []adding { return s.addedBy(adds) }, func(p []adding) error { return s.setAdded(adds, p) }},
 		"quarantine":  &via[map[string]uint64]{s.quarantineHex, s.setQuarantine},
 		"distrust":    &via[[]badItem]{s.badItems, s.setBad},
-		"over":        &s.over,
-		"keyring":     &s.keyring,
-		"removed":     &via[[]string]{func() []string { return slices.Sorted(maps.Keys(s.removed)) }, s.setRemoved},
-		"quarantined": &s.quarantined,
-		"moved":       &s.moved,
-		"mended":      &s.mended,
-		"tiers":       &s.tiers,
-		"locks":       &s.locks,
-		"before":      &via[uint64]{func() uint64 { return s.checkpoint }, func(n uint64) error { s.older = n; return nil }},
+		"over":        &s.Over,
+		"keyring":     &s.Keyring,
+		"removed":     &via[[]string]{func() []string { return slices.Sorted(maps.Keys(s.Removed)) }, s.setRemoved},
+		"quarantined": &s.Quarantined,
+		"moved":       &s.Moved,
+		"mended":      &s.Mended,
+		"tiers":       &s.Tiers,
+		"locks":       &s.Locks,
+		"before":      &via[uint64]{func() uint64 { return s.Checkpoint }, func(n uint64) error { s.Older = n; return nil }},
 	}
 }
 
@@ -74,21 +74,21 @@ func (s *state) Encode() (clear entryClear, content []byte, err error) {
 	if err := back.read(adds, content); err != nil {
 		return clear, nil, err
 	}
-	back.checkpoint, back.older = s.checkpoint, s.older
+	back.Checkpoint, back.Older = s.Checkpoint, s.Older
 	if what, err := back.differs(s); err != nil || what != "" {
 		return clear, nil, errors.Join(err, fmt.Errorf("its %s would be lost; this is a defect of this program, and nothing was written", what))
 	}
-	clear = entryClear{Adds: adds, Tiers: len(s.tiers)}
-	if s.locks.Mode != "" {
-		clear.Locks = &s.locks.Immutability
+	clear = entryClear{Adds: adds, Tiers: len(s.Tiers)}
+	if s.Locks.Mode != "" {
+		clear.Locks = &s.Locks.Immutability
 	}
 	return clear, content, nil
 }
 
 // adds lists the live index objects in the order in which they were added.
 func (s *state) adds() []seal.Hex {
-	live := slices.SortedFunc(maps.Keys(s.indexes), func(a, b [32]byte) int {
-		if ea, eb := s.added[a].Entry, s.added[b].Entry; ea != eb {
+	live := slices.SortedFunc(maps.Keys(s.Indexes), func(a, b [32]byte) int {
+		if ea, eb := s.Added[a].Entry, s.Added[b].Entry; ea != eb {
 			return int(int64(ea) - int64(eb))
 		}
 		return bytes.Compare(a[:], b[:])
@@ -108,14 +108,14 @@ func (s *state) takeCheckpoint(c *entryClear, content []byte) error {
 	if err := n.read(c.Adds, content); err != nil {
 		return err
 	}
-	n.checkpoint = c.Number
+	n.Checkpoint = c.Number
 	if s.proving && !s.unknown && len(s.gaps) == 0 {
 		if err := s.agrees(n); err != nil {
 			return err
 		}
 	}
 	n.healed = slices.Concat(s.healed, s.gaps)
-	n.head, n.digest, n.unknown, n.proving = s.head, s.digest, s.unknown, s.proving
+	n.Head, n.Digest, n.unknown, n.proving = s.Head, s.Digest, s.unknown, s.proving
 	*s = *n
 	return nil
 }
@@ -139,8 +139,8 @@ func (s *state) read(adds []seal.Hex, content []byte) error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	if len(s.added) != len(adds) {
-		return fmt.Errorf("%w: %d index objects, of %d it is told who added them", ErrDamaged, len(adds), len(s.added))
+	if len(s.Added) != len(adds) {
+		return fmt.Errorf("%w: %d index objects, of %d it is told who added them", ErrDamaged, len(adds), len(s.Added))
 	}
 	return nil
 }
@@ -157,24 +157,24 @@ type Needless struct {
 // Abridged is the state without what can matter to nobody any more.
 func (s *state) Abridged(n Needless) *state {
 	a := s.clone()
-	for lease, k := range s.over {
+	for lease, k := range s.Over {
 		if k == kindCommit && n.Lease(lease) {
-			delete(a.over, lease)
+			delete(a.Over, lease)
 		}
 	}
-	for name, entry := range s.quarantine {
+	for name, entry := range s.Quarantine {
 		if entry <= n.Horizon && n.Pack(name) {
-			delete(a.quarantine, name)
+			delete(a.Quarantine, name)
 		}
 	}
-	for key := range s.bad {
-		if n.Pack(key.pack) {
-			delete(a.bad, key)
+	for key := range s.Bad {
+		if n.Pack(key.Pack) {
+			delete(a.Bad, key)
 		}
 	}
-	for id := range s.forgotten {
+	for id := range s.Forgotten {
 		if n.Point(id) {
-			a.forgotten[id] = nil
+			a.Forgotten[id] = nil
 		}
 	}
 	return a
@@ -184,27 +184,27 @@ func (s *state) Abridged(n Needless) *state {
 // nothing left out but what may be.
 func (s *state) agrees(c *state) error {
 	b := s.clone()
-	for lease, k := range s.over {
-		if _, there := c.over[lease]; !there && k == kindCommit {
-			delete(b.over, lease)
+	for lease, k := range s.Over {
+		if _, there := c.Over[lease]; !there && k == kindCommit {
+			delete(b.Over, lease)
 		}
 	}
-	for name := range s.quarantine {
-		if c.quarantine[name] == 0 {
-			delete(b.quarantine, name)
+	for name := range s.Quarantine {
+		if c.Quarantine[name] == 0 {
+			delete(b.Quarantine, name)
 		}
 	}
-	for key := range s.bad {
-		if !c.bad[key] {
-			delete(b.bad, key)
+	for key := range s.Bad {
+		if !c.Bad[key] {
+			delete(b.Bad, key)
 		}
 	}
-	for id := range s.forgotten {
-		if there, ok := c.forgotten[id]; ok && there == nil {
-			b.forgotten[id] = nil
+	for id := range s.Forgotten {
+		if there, ok := c.Forgotten[id]; ok && there == nil {
+			b.Forgotten[id] = nil
 		}
 	}
-	b.checkpoint, b.older = c.checkpoint, s.checkpoint
+	b.Checkpoint, b.Older = c.Checkpoint, s.Checkpoint
 	if what, err := b.differs(c); err != nil {
 		return err
 	} else if what != "" {
@@ -220,7 +220,7 @@ func (s *state) differs(o *state) (string, error) {
 	if !slices.EqualFunc(adds, others, func(a, b seal.Hex) bool { return bytes.Equal(a, b) }) {
 		return "adds", nil
 	}
-	if s.older != o.older {
+	if s.Older != o.Older {
 		return "before", nil
 	}
 	theirs := o.parts(others)
@@ -241,9 +241,9 @@ func (s *state) differs(o *state) (string, error) {
 }
 
 func (s *state) living() []Point {
-	points := make([]Point, 0, len(s.points))
-	for _, id := range s.order {
-		if p, ok := s.points[id]; ok {
+	points := make([]Point, 0, len(s.Points))
+	for _, id := range s.Order {
+		if p, ok := s.Points[id]; ok {
 			points = append(points, p)
 		}
 	}
@@ -252,21 +252,21 @@ func (s *state) living() []Point {
 
 func (s *state) setLiving(points []Point) error {
 	for _, p := range points {
-		if _, twice := s.points[p.ID]; twice || p.ID == "" {
+		if _, twice := s.Points[p.ID]; twice || p.ID == "" {
 			return fmt.Errorf("%w: point %.80q", ErrDamaged, p.ID)
 		}
-		s.points[p.ID] = p
-		s.order = append(s.order, p.ID)
+		s.Points[p.ID] = p
+		s.Order = append(s.Order, p.ID)
 	}
 	return nil
 }
 
-func (s *state) gone() []PointID { return slices.Sorted(maps.Keys(s.forgotten)) }
+func (s *state) gone() []PointID { return slices.Sorted(maps.Keys(s.Forgotten)) }
 
 func (s *state) setGone(ids []PointID) error {
 	for _, id := range ids {
-		if _, known := s.forgotten[id]; !known { // pinned ones may have come first
-			s.forgotten[id] = nil
+		if _, known := s.Forgotten[id]; !known { // pinned ones may have come first
+			s.Forgotten[id] = nil
 		}
 	}
 	return nil
@@ -275,7 +275,7 @@ func (s *state) setGone(ids []PointID) error {
 // pinned gives the forgotten points that are known whole.
 func (s *state) pinned() []Point {
 	points := []Point{}
-	for _, p := range s.forgotten {
+	for _, p := range s.Forgotten {
 		if p != nil {
 			points = append(points, *p)
 		}
@@ -286,7 +286,7 @@ func (s *state) pinned() []Point {
 
 func (s *state) setPinned(points []Point) error {
 	for _, p := range points {
-		s.forgotten[p.ID] = &p
+		s.Forgotten[p.ID] = &p
 	}
 	return nil
 }
@@ -294,7 +294,7 @@ func (s *state) setPinned(points []Point) error {
 func (s *state) addedBy(adds []seal.Hex) []adding {
 	parts := make([]adding, len(adds))
 	for i, d := range adds {
-		parts[i] = s.added[[32]byte(d)]
+		parts[i] = s.Added[[32]byte(d)]
 	}
 	return parts
 }
@@ -307,15 +307,15 @@ func (s *state) setAdded(adds []seal.Hex, parts []adding) error {
 		if len(d) != 32 {
 			return fmt.Errorf("%w: index digest", ErrDamaged)
 		}
-		s.indexes[[32]byte(d)] = true
-		s.added[[32]byte(d)] = parts[i]
+		s.Indexes[[32]byte(d)] = true
+		s.Added[[32]byte(d)] = parts[i]
 	}
 	return nil
 }
 
 func (s *state) quarantineHex() map[string]uint64 {
-	m := make(map[string]uint64, len(s.quarantine))
-	for name, entry := range s.quarantine {
+	m := make(map[string]uint64, len(s.Quarantine))
+	for name, entry := range s.Quarantine {
 		m[hex.EncodeToString(name[:])] = entry
 	}
 	return m
@@ -323,19 +323,19 @@ func (s *state) quarantineHex() map[string]uint64 {
 
 func (s *state) setQuarantine(m map[string]uint64) error {
 	for h, entry := range m {
-		name, err := parseDigest(h)
+		name, err := seal.ParseDigest(h)
 		if err != nil {
 			return err
 		}
-		s.quarantine[name] = entry
+		s.Quarantine[name] = entry
 	}
 	return nil
 }
 
 func (s *state) badItems() []badItem {
-	items := make([]badItem, 0, len(s.bad))
-	for k := range s.bad {
-		items = append(items, badItem{k.pack[:], k.id[:]})
+	items := make([]badItem, 0, len(s.Bad))
+	for k := range s.Bad {
+		items = append(items, badItem{k.Pack[:], k.ID[:]})
 	}
 	slices.SortFunc(items, func(a, b badItem) int {
 		if c := bytes.Compare(a.Pack, b.Pack); c != 0 {
@@ -351,14 +351,14 @@ func (s *state) setBad(items []badItem) error {
 		if len(i.Pack) != 32 || len(i.ID) != 32 {
 			return fmt.Errorf("%w: distrusted item", ErrDamaged)
 		}
-		s.bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
+		s.Bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 	}
 	return nil
 }
 
 func (s *state) setRemoved(ids []string) error {
 	for _, id := range ids {
-		s.removed[id] = true
+		s.Removed[id] = true
 	}
 	return nil
 }

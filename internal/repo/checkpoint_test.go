@@ -23,7 +23,7 @@ func often(every uint64) PruneOptions { return PruneOptions{Watch: -1, checkpoin
 
 // placed are the fields of a state that come from where it stands in the
 // chain, not from what entries say: a checkpoint does not carry them.
-var placed = []string{"head", "digest", "header", "time", "checkpoint", "older", "gaps", "healed", "unknown", "proving"}
+var placed = []string{"Head", "Digest", "header", "Time", "Checkpoint", "Older", "gaps", "healed", "unknown", "proving"}
 
 // eachField gives the fields that a checkpoint must carry.
 func eachField(s *state, f func(name string, v reflect.Value)) {
@@ -43,21 +43,21 @@ func TestCheckpointCarriesAll(t *testing.T) {
 		s := newState([32]byte{})
 		eachField(s, func(_ string, v reflect.Value) { fill(rng, v, 0) })
 		// What belongs together:
-		points := s.points
-		s.points, s.order = map[PointID]Point{}, nil
+		points := s.Points
+		s.Points, s.Order = map[PointID]Point{}, nil
 		for id, p := range points {
 			p.ID, p.Keep = id, ""
-			s.points[id], s.order = p, append(s.order, id)
+			s.Points[id], s.Order = p, append(s.Order, id)
 		}
-		for id, p := range s.forgotten {
+		for id, p := range s.Forgotten {
 			if p.ID, p.Keep = id, ""; rng.IntN(2) == 0 {
 				p = nil
 			}
-			s.forgotten[id] = p
+			s.Forgotten[id] = p
 		}
-		clear(s.added)
-		for d := range s.indexes {
-			s.added[d] = adding{rng.Uint64N(1 << 40), fmt.Sprint(rng.IntN(2))}
+		clear(s.Added)
+		for d := range s.Indexes {
+			s.Added[d] = adding{rng.Uint64N(1 << 40), fmt.Sprint(rng.IntN(2))}
 		}
 		content, err := s.content()
 		if err != nil {
@@ -128,8 +128,8 @@ func fill(rng *rand.Rand, v reflect.Value, depth int) {
 // alike fails unless two states are the same in everything.
 func alike(t *testing.T, what string, a, b *state) {
 	t.Helper()
-	if a.head != b.head || a.digest != b.digest || a.checkpoint != b.checkpoint || a.older != b.older {
-		t.Fatalf("%s: entry %d (%d, %d) and %d (%d, %d)", what, a.head, a.checkpoint, a.older, b.head, b.checkpoint, b.older)
+	if a.Head != b.Head || a.Digest != b.Digest || a.Checkpoint != b.Checkpoint || a.Older != b.Older {
+		t.Fatalf("%s: entry %d (%d, %d) and %d (%d, %d)", what, a.Head, a.Checkpoint, a.Older, b.Head, b.Checkpoint, b.Older)
 	}
 	fields := map[string]any{}
 	eachField(a, func(name string, v reflect.Value) { fields[name] = v.Interface() })
@@ -241,7 +241,7 @@ func TestCheckpointHistory(t *testing.T) {
 			}
 		case k < 15 && len(all) > 0: // a forgotten point comes back by a copy
 			id := all[rng.IntN(len(all))]
-			if p, ok := r.current().forgotten[id]; ok && p != nil {
+			if p, ok := r.current().Forgotten[id]; ok && p != nil {
 				e := entrySealed{Point: p}
 				if err := r.append(ctx, kindCommit, entryClear{Lease: RandomID()}, e, func(*state) error { return nil }); err != nil {
 					t.Fatal(err)
@@ -277,7 +277,7 @@ func TestCheckpointHistory(t *testing.T) {
 		t.Errorf("%d points, %d in the model", n, len(ids))
 	}
 	clean(t, reopen(t, store), true)
-	t.Logf("%d checkpoints, %d entries, %d deleted", written, r.current().head, len(store.gone))
+	t.Logf("%d checkpoints, %d entries, %d deleted", written, r.current().Head, len(store.gone))
 }
 
 func compareReaders(t *testing.T, store *archive, r *Repo) {
@@ -289,7 +289,7 @@ func compareReaders(t *testing.T, store *archive, r *Repo) {
 		t.Fatalf("from the first entry: %v, %q", err, problems)
 	}
 	late := store.whole(t)
-	for n := uint64(1); n < r.current().checkpoint; n++ {
+	for n := uint64(1); n < r.current().Checkpoint; n++ {
 		late.Delete(ctx, entryName(n))
 	}
 	alike(t, "from the newest checkpoint", r.current(), reopen(t, late).current())
@@ -309,8 +309,8 @@ func checkpointed(t *testing.T) (*blob.Mem, *Repo, map[PointID][]byte) {
 			}
 		}
 	}
-	if s := r.current(); s.older == 0 || s.checkpoint == 0 {
-		t.Fatalf("checkpoints %d, %d", s.older, s.checkpoint)
+	if s := r.current(); s.Older == 0 || s.Checkpoint == 0 {
+		t.Fatalf("checkpoints %d, %d", s.Older, s.Checkpoint)
 	}
 	if _, err := store.Get(ctx, entryName(1), 0, -1); !errors.Is(err, blob.ErrNotExist) {
 		t.Fatalf("entry 1: %v", err)
@@ -324,9 +324,9 @@ func TestCheckpointDamage(t *testing.T) {
 	long(t)
 	store, r, contents := checkpointed(t)
 	s := r.current()
-	for n := s.older; n <= s.checkpoint; n++ {
+	for n := s.Older; n <= s.Checkpoint; n++ {
 		for _, missing := range []bool{false, true} {
-			what := fmt.Sprintf("entry %d of %d, %d, %d, missing %v", n, s.older, s.checkpoint, s.head, missing)
+			what := fmt.Sprintf("entry %d of %d, %d, %d, missing %v", n, s.Older, s.Checkpoint, s.Head, missing)
 			store := store.Clone()
 			if missing {
 				store.Delete(ctx, entryName(n))
@@ -335,7 +335,7 @@ func TestCheckpointDamage(t *testing.T) {
 			}
 			r := reopen(t, store)
 			have := points(t, r)
-			if len(have) != len(contents) && n > s.older && n < s.checkpoint {
+			if len(have) != len(contents) && n > s.Older && n < s.Checkpoint {
 				t.Fatalf("%s: %d points", what, len(have))
 			}
 			for _, p := range have {
@@ -353,7 +353,7 @@ func TestCheckpointDamage(t *testing.T) {
 				t.Fatalf("%s: keyless: %v, %+v", what, err, keyless)
 			}
 			_, err = save(r, "b", random(77, 1), nil, nil)
-			if (err == nil) != (n < s.checkpoint) {
+			if (err == nil) != (n < s.Checkpoint) {
 				t.Fatalf("%s: save: %v", what, err)
 			}
 			if err != nil {
@@ -380,7 +380,7 @@ func TestCheckpointDamage(t *testing.T) {
 // state without it, though the process knows better.
 func TestCheckpointProved(t *testing.T) {
 	store, r, _ := checkpointed(t)
-	n := r.current().checkpoint
+	n := r.current().Checkpoint
 	store.Damage(entryName(n), func(p []byte) []byte { p[len(p)-70] ^= 1; return p })
 	mustSave(t, r, "a", random(1, 1))
 	before, _ := entryNumbers(ctx, store)
@@ -402,7 +402,7 @@ func TestCheckpointWrong(t *testing.T) {
 	mustSave(t, r, "b", random(2, 2))
 	other := reopen(t, store)
 	s := r.current().clone()
-	delete(s.points, p.ID)
+	delete(s.Points, p.ID)
 	content, err := s.content()
 	if err != nil {
 		t.Fatal(err)
@@ -461,7 +461,7 @@ func TestLeftBehind(t *testing.T) {
 		t.Errorf("%s, which is void: %v", slow.name, err)
 	}
 	// Another such writer died before it could take its entry away.
-	if err := store.Put(ctx, entryName(away.current().head), bytes.Repeat([]byte("x"), 300)); err != nil {
+	if err := store.Put(ctx, entryName(away.current().Head), bytes.Repeat([]byte("x"), 300)); err != nil {
 		t.Fatal(err)
 	}
 	for what, r := range map[string]*Repo{"away": away, "empty": empty, "writer": writer} {
@@ -549,7 +549,7 @@ func TestCheckpointRollback(t *testing.T) {
 	if err := remember(store); err != nil {
 		t.Errorf("behind a checkpoint: %v", err)
 	}
-	newest := reopen(t, store).current().head
+	newest := reopen(t, store).current().Head
 	store.Delete(ctx, entryName(newest))
 	if err := remember(store); !errors.Is(err, ErrRolledBack) {
 		t.Errorf("the newest entry is gone: %v", err)
@@ -590,7 +590,7 @@ func TestCheckpointLocked(t *testing.T) {
 	if report := prune(t, reopen(t, store), unwatched); report.RemovedEntries == 0 {
 		t.Errorf("unlocked: %+v", report)
 	}
-	if numbers, _ := entryNumbers(ctx, store); numbers[0] != r.current().older {
+	if numbers, _ := entryNumbers(ctx, store); numbers[0] != r.current().Older {
 		t.Errorf("entries from %d on are there", numbers[0])
 	}
 }
@@ -718,7 +718,7 @@ func TestCheckpointParallel(t *testing.T) {
 	clean(t, r, true)
 	prune(t, r, often(1))
 	compareReaders(t, store, r)
-	t.Logf("%d points, %d entries, %d deleted", len(have), r.current().head, len(store.gone))
+	t.Logf("%d points, %d entries, %d deleted", len(have), r.current().Head, len(store.gone))
 }
 
 // The other reader reads a chain that starts at a checkpoint, whether all
@@ -770,7 +770,7 @@ func TestCheckpointIndependentReader(t *testing.T) {
 		t.Fatal(err)
 	}
 	verify("not all deleted", true)
-	damageFile(t, filepath.Join(dir, entryName(r.current().older)), 100)
+	damageFile(t, filepath.Join(dir, entryName(r.current().Older)), 100)
 	verify("the first checkpoint damaged", false)
 }
 
@@ -786,14 +786,14 @@ func TestCheckpointAbridged(t *testing.T) {
 	must("leases/aa")
 	must("leases/bb.000000000001")
 	s := newState([32]byte{})
-	s.head = 100
-	s.over = map[string]kind{"aa": kindCommit, "bb": kindCommit, "cc": kindCommit, "dd": kindRevoke}
+	s.Head = 100
+	s.Over = map[string]kind{"aa": kindCommit, "bb": kindCommit, "cc": kindCommit, "dd": kindRevoke}
 	inStore, inIndex, gone, waited := [32]byte{1}, [32]byte{2}, [32]byte{3}, [32]byte{4}
-	s.quarantine = map[[32]byte]uint64{inStore: 10, inIndex: 10, gone: 10, waited: 60}
-	for name := range s.quarantine {
-		s.bad[badKey{pack: name}] = true
+	s.Quarantine = map[[32]byte]uint64{inStore: 10, inIndex: 10, gone: 10, waited: 60}
+	for name := range s.Quarantine {
+		s.Bad[badKey{Pack: name}] = true
 	}
-	s.forgotten = map[PointID]*Point{"pinned": {ID: "pinned"}, "free": {ID: "free"}}
+	s.Forgotten = map[PointID]*Point{"pinned": {ID: "pinned"}, "free": {ID: "free"}}
 	p := &pruner{r: r, m: &marker{r: r, state: s, pins: map[PointID]string{"pinned": "s"},
 		there: map[[32]byte]int64{inStore: 1}, packs: map[[32]byte]*packMark{inIndex: {}},
 		after: map[string]Lease{"ee": {Chain: 50}, "ff": {Chain: 70}}}}
@@ -802,21 +802,21 @@ func TestCheckpointAbridged(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[string]any{
-		"over":       map[string]kind{"aa": kindCommit, "bb": kindCommit, "dd": kindRevoke},
-		"quarantine": map[[32]byte]uint64{inStore: 10, inIndex: 10, waited: 60},
-		"bad":        map[badKey]bool{{pack: inStore}: true, {pack: inIndex}: true},
-		"forgotten":  map[PointID]*Point{"pinned": {ID: "pinned"}, "free": nil},
+		"Over":       map[string]kind{"aa": kindCommit, "bb": kindCommit, "dd": kindRevoke},
+		"Quarantine": map[[32]byte]uint64{inStore: 10, inIndex: 10, waited: 60},
+		"Bad":        map[badKey]bool{{Pack: inStore}: true, {Pack: inIndex}: true},
+		"Forgotten":  map[PointID]*Point{"pinned": {ID: "pinned"}, "free": nil},
 	}
 	eachField(a, func(name string, v reflect.Value) {
 		if want[name] != nil && !reflect.DeepEqual(v.Interface(), want[name]) {
 			t.Errorf("%s: %v, want %v", name, v.Interface(), want[name])
 		}
 	})
-	a.checkpoint, a.older = 101, s.checkpoint
+	a.Checkpoint, a.Older = 101, s.Checkpoint
 	if err := s.agrees(a); err != nil {
 		t.Error(err)
 	}
-	delete(a.over, "dd")
+	delete(a.Over, "dd")
 	if err := s.agrees(a); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a revoked lease left out: %v", err)
 	}

@@ -154,7 +154,7 @@ func (run *Run) CommitCopy(ctx context.Context, p *Point) error {
 		return fmt.Errorf("copy restore point %.80q: not an id", p.ID)
 	}
 	return run.commit(ctx, p, func(s *state) error {
-		if _, there := s.points[p.ID]; there {
+		if _, there := s.Points[p.ID]; there {
 			return ErrPointExists
 		}
 		return run.mayCommit(s)
@@ -168,7 +168,7 @@ func (r *Repo) Forgotten(ctx context.Context) (map[PointID]bool, error) {
 		return nil, err
 	}
 	ids := map[PointID]bool{}
-	for id := range r.current().forgotten {
+	for id := range r.current().Forgotten {
 		ids[id] = true
 	}
 	return ids, nil

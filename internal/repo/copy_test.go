@@ -74,7 +74,7 @@ func TestReadBackSample(t *testing.T) {
 		t.Fatal(err)
 	}
 	equal(t, r, p, content)
-	for d := range r.current().indexes {
+	for d := range r.current().Indexes {
 		packs, err := r.readIndex(ctx, d)
 		if err != nil {
 			t.Fatal(err)

@@ -3,19 +3,14 @@ package repo
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/seal"
@@ -32,28 +27,6 @@ const (
 	// delete what was listed.
 	readAgain = 5
 )
-
-// ErrRolledBack: the store does not contain what this machine saw in it.
-var ErrRolledBack = errors.New("the repository is older than this machine has seen it")
-
-// Chain reads and extends a repository's chain. It is safe in parallel; its
-// fields are not changed once it is in use.
-type Chain struct {
-	Store  blob.Store
-	Repo   [16]byte          // id of the repository
-	Verify ed25519.PublicKey // of the repository's signatures
-	Config [32]byte          // SHA-256 of the object "config", which stands before entry 1
-	Made   time.Time         // when the repository was
-
-	// Master gives the master key of a number. An error that is seal.ErrDamaged
-	// is one of the entry.
-	Master func(ctx context.Context, number uint32) (*seal.Key, error)
-	// Newest gives the master key of new entries and its number.
-	Newest func() (uint32, *seal.Key)
-	Sign   ed25519.PrivateKey // of new entries
-	// Memory is the file with the newest head that this machine has seen.
-	Memory string
-}
 
 // gap is an entry that is damaged, or one or more that are missing.
 type gap struct {
@@ -75,19 +48,19 @@ func (s *state) Damage() []string {
 
 // skip goes past the next entry, which is damaged.
 func (s *state) skip(why error) {
-	s.head++
+	s.Head++
 	s.unknown = true
-	s.gaps = append(s.gaps, gap{s.head, false, why.Error()})
+	s.gaps = append(s.gaps, gap{s.Head, false, why.Error()})
 }
 
 // miss goes past the next entries up to the last one, which are not there.
 func (s *state) miss(last uint64) {
-	if last <= s.head {
+	if last <= s.Head {
 		return
 	}
-	g := absent(s.head+1, last)
+	g := absent(s.Head+1, last)
 	g.text += fmt.Sprintf(": %v: missing", ErrDamaged)
-	s.head, s.unknown = last, true
+	s.Head, s.unknown = last, true
 	s.gaps = append(s.gaps, g)
 }
 
@@ -171,7 +144,7 @@ func fetch(ctx context.Context, s blob.Store, numbers []uint64) iter.Seq2[fetche
 // Genesis is the state before the first entry.
 func (c *Chain) Genesis() *state {
 	s := newState(c.Config)
-	s.time = c.Made
+	s.Time = c.Made
 	return s
 }
 
@@ -284,7 +257,7 @@ func (c *Chain) read(ctx context.Context, seen headSeen) (*state, error) {
 		}
 		for _, g := range s.gaps {
 			if g.missing && g.last > uint64(len(numbers))+maxGap {
-				return nil, fmt.Errorf("%s: %w: not the name of the chain's newest entry", entryName(s.head), ErrDamaged)
+				return nil, fmt.Errorf("%s: %w: not the name of the chain's newest entry", entryName(s.Head), ErrDamaged)
 			}
 		}
 		return s, nil
@@ -304,12 +277,12 @@ func (c *Chain) readFrom(ctx context.Context, numbers []uint64, from int, seen h
 		}
 	}
 	vanished, err := c.follow(ctx, s, numbers[from:], func(s *state) error {
-		if s.head == seen.Number && !s.unknown && !bytes.Equal(seen.Digest, s.digest[:]) {
+		if s.Head == seen.Number && !s.unknown && !bytes.Equal(seen.Digest, s.Digest[:]) {
 			return c.rolledBack(seen)
 		}
 		return nil
 	})
-	if err == nil && seen.Number > s.head {
+	if err == nil && seen.Number > s.Head {
 		err = c.rolledBack(seen)
 	}
 	return s, vanished, err
@@ -332,20 +305,20 @@ func (c *Chain) Compare(ctx context.Context, known *state) (problems []string, v
 	if err != nil {
 		return nil, false, err
 	}
-	numbers = slices.DeleteFunc(numbers, func(n uint64) bool { return n > known.head })
+	numbers = slices.DeleteFunc(numbers, func(n uint64) bool { return n > known.Head })
 	s := c.Genesis()
 	s.proving = true
 	if vanished, err = c.follow(ctx, s, numbers, nil); err != nil {
 		return nil, vanished, err
 	}
-	s.miss(known.head)
+	s.miss(known.Head)
 	if what, err := s.differs(known); err != nil {
 		return nil, vanished, err
 	} else if what != "" && len(s.gaps)+len(known.gaps) == 0 {
 		problems = append(problems, "its "+what+" are not what they were when it was read first; open the repository anew")
 	}
 	for _, g := range s.healed {
-		if g.last >= s.older { // what is before it is not read any more
+		if g.last >= s.Older { // what is before it is not read any more
 			problems = append(problems, g.text+"; nothing is lost by that: the checkpoint behind it has what it said")
 		}
 	}
@@ -355,17 +328,17 @@ func (c *Chain) Compare(ctx context.Context, known *state) (problems []string, v
 // Prove reads the entries from the chain's start on from the store, in which there
 // are those numbers, and compares the state that they give with s.
 func (c *Chain) Prove(ctx context.Context, s *state, numbers []uint64) error {
-	start := s.older
+	start := s.Older
 	if start == 0 { // a first checkpoint: what is before it says nothing about it
-		start = s.checkpoint
+		start = s.Checkpoint
 	}
 	from, there := slices.BinarySearch(numbers, start)
 	if !there {
 		return fmt.Errorf("%w: entry %d, where the chain begins, is not there", ErrDamaged, start)
 	}
-	numbers = slices.DeleteFunc(slices.Clone(numbers[from:]), func(n uint64) bool { return n > s.head })
+	numbers = slices.DeleteFunc(slices.Clone(numbers[from:]), func(n uint64) bool { return n > s.Head })
 	back := c.Genesis()
-	back.head, back.unknown = start-1, true
+	back.Head, back.unknown = start-1, true
 	back.proving = true
 	if _, err := c.follow(ctx, back, numbers, nil); err != nil {
 		return err
@@ -374,61 +347,10 @@ func (c *Chain) Prove(ctx context.Context, s *state, numbers []uint64) error {
 		return fmt.Errorf("what was read back from the store is not what is known: %s", gaps[0].text)
 	}
 	what, err := back.differs(s)
-	if err == nil && (what != "" || back.head != s.head || back.digest != s.digest) {
+	if err == nil && (what != "" || back.Head != s.Head || back.Digest != s.Digest) {
 		err = fmt.Errorf("%w: the chain as read back from the store does not say what is known (%s)", ErrDamaged, what)
 	}
 	return err
-}
-
-// headSeen is the newest chain entry that this machine has seen.
-type headSeen struct {
-	Number uint64   `json:"number"`
-	Digest seal.Hex `json:"digest"`
-}
-
-func (c *Chain) seen() (h headSeen, err error) {
-	p, err := os.ReadFile(c.Memory)
-	if errors.Is(err, os.ErrNotExist) {
-		return h, nil
-	} else if err != nil {
-		return h, err
-	}
-	if err := json.Unmarshal(p, &h); err != nil {
-		return h, fmt.Errorf("%s: %w; delete it to go on without the detection of a rollback", c.Memory, err)
-	}
-	return h, nil
-}
-
-func (c *Chain) rolledBack(seen headSeen) error {
-	return fmt.Errorf("%w: entry %d of its chain is missing or another one; if you put back an older copy yourself, delete %s",
-		ErrRolledBack, seen.Number, c.Memory)
-}
-
-// Remember keeps the head of a state for the next Read. A crash here costs only
-// that.
-func (c *Chain) Remember(s *state) error {
-	if s.head == 0 || s.unknown {
-		return nil
-	}
-	if err := os.MkdirAll(filepath.Dir(c.Memory), 0o700); err != nil {
-		return err
-	}
-	p, err := json.Marshal(headSeen{s.head, s.digest[:]})
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(filepath.Dir(c.Memory), "head-*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(p)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), c.Memory)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
 }
 
 // Next reads what was added after old, which it leaves as it is, and gives the
@@ -445,7 +367,7 @@ func (c *Chain) Next(ctx context.Context, old *state) (s *state, anew bool, err 
 		if behind {
 			var seen headSeen
 			if !s.unknown {
-				seen = headSeen{s.head, s.digest[:]}
+				seen = headSeen{s.Head, s.Digest[:]}
 			}
 			if s, err = c.read(ctx, seen); err != nil {
 				return old, anew, err
@@ -484,7 +406,7 @@ func (c *Chain) news(ctx context.Context, s *state, n int) (entries [][]byte, be
 	looking.Go(func() { behind, lookErr = c.overtaken(ctx, s) })
 	numbers := make([]uint64, n)
 	for i := range numbers {
-		numbers[i] = s.head + 1 + uint64(i)
+		numbers[i] = s.Head + 1 + uint64(i)
 	}
 	for e, fetchErr := range fetch(ctx, c.Store, numbers) {
 		if fetchErr != nil {
@@ -503,11 +425,11 @@ func (c *Chain) news(ctx context.Context, s *state, n int) (entries [][]byte, be
 // overtaken reports whether the head that is known has been deleted, as a prune
 // does when two checkpoints follow it.
 func (c *Chain) overtaken(ctx context.Context, s *state) (bool, error) {
-	if s.head == 0 {
+	if s.Head == 0 {
 		numbers, err := entryNumbers(ctx, c.Store)
 		return len(numbers) > 0 && (numbers[0] != 1 || len(numbers) > 1 && numbers[1] != 2), err
 	}
-	p, err := c.Store.Get(ctx, entryName(s.head), 0, seal.HeaderLen)
+	p, err := c.Store.Get(ctx, entryName(s.Head), 0, seal.HeaderLen)
 	switch {
 	case errors.Is(err, blob.ErrNotExist):
 		return true, nil

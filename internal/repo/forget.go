@@ -8,6 +8,9 @@ import (
 	"time"
 )
 
+// UntilTime marks to stay until t.
+func UntilTime(t time.Time) Until { return Until(t.UTC().Format(time.RFC3339)) }
+
 // ErrKept is returned by Forget for a point that is marked to stay.
 var ErrKept = errors.New("marked to stay")
 
@@ -24,13 +27,13 @@ func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
 	allowed := func(s *state) error {
 		left := 0
 		for _, id := range ids {
-			_, live := s.points[id]
-			_, gone := s.forgotten[id]
+			_, live := s.Points[id]
+			_, gone := s.Forgotten[id]
 			switch {
 			case !live && !gone:
 				return fmt.Errorf("%s: %w", id, ErrNotExist)
-			case live && s.keep[id].Holds(now):
-				return fmt.Errorf("%s: %w (until %s); take the mark off first", id, ErrKept, s.keep[id])
+			case live && s.Keep[id].Holds(now):
+				return fmt.Errorf("%s: %w (until %s); take the mark off first", id, ErrKept, s.Keep[id])
 			case live:
 				left++
 			}
@@ -56,10 +59,10 @@ func (r *Repo) Keep(ctx context.Context, ids []PointID, until Until) error {
 	allowed := func(s *state) error {
 		same := true
 		for _, id := range ids {
-			if _, ok := s.points[id]; !ok {
+			if _, ok := s.Points[id]; !ok {
 				return fmt.Errorf("%s: %w", id, ErrNotExist)
 			}
-			same = same && s.keep[id] == until
+			same = same && s.Keep[id] == until
 		}
 		if same {
 			return errNothing

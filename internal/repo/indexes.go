@@ -39,7 +39,7 @@ func (p *packRow) UnmarshalJSON(b []byte) error {
 	if err := json.Unmarshal(b, &row); err != nil {
 		return err
 	}
-	d, err := parseDigest(name)
+	d, err := seal.ParseDigest(name)
 	p.Name = d
 	return err
 }

@@ -86,7 +86,7 @@ func (r *Repo) learn(ctx context.Context) error {
 	}
 	u := rings.open(old.root)
 	if (u == nil || rings.newest() > u.number) && len(r.secret) > 0 {
-		v, err := unlock(ctx, r.store, r.id, r.secret, nil, old.slot, r.current().removed)
+		v, err := unlock(ctx, r.store, r.id, r.secret, nil, old.slot, r.current().Removed)
 		switch {
 		case err == nil:
 			u = v
@@ -432,13 +432,13 @@ func (c *checker) keys(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if known := c.r.current().keyring; known > rings.newest() {
+	if known := c.r.current().Keyring; known > rings.newest() {
 		c.problem(Problem{Object: ringName(c.r.id, known), What: "missing or damaged: what was stored since it was made cannot be read; put it back with \"holdfast key import\", or from a copy of the repository"})
 	} else if rings.damage != nil && len(rings.list) == 0 {
 		c.problem(Problem{Object: "keyring", What: rings.damage.Error()})
 	}
 	for name, err := range rings.bad {
-		if name != ringName(c.r.id, c.r.current().keyring) {
+		if name != ringName(c.r.id, c.r.current().Keyring) {
 			c.problem(Problem{Object: name, What: err.Error()})
 		}
 	}
@@ -470,13 +470,13 @@ func (c *checker) keys(ctx context.Context) error {
 // root key that was replaced.
 func (r *Repo) stillOpens(ctx context.Context) error {
 	s := r.current()
-	if u := r.ring.now.Load(); s.removed[u.slot] {
+	if u := r.ring.now.Load(); s.Removed[u.slot] {
 		docs, err := readSlots(ctx, r.store, r.id)
 		if err != nil {
 			return err
 		}
 		if r.remaining(docs, u, "") > 0 { // with nothing else left it is better than none
-			again, err := unlock(ctx, r.store, r.id, r.secret, nil, "", s.removed)
+			again, err := unlock(ctx, r.store, r.id, r.secret, nil, "", s.Removed)
 			if err != nil {
 				return fmt.Errorf("key %s was removed: %w", u.slot, err)
 			}
@@ -484,8 +484,8 @@ func (r *Repo) stillOpens(ctx context.Context) error {
 		}
 	}
 	u := r.ring.now.Load()
-	if s.keyring > u.number {
-		raw, err := getDocument(ctx, r.store, ringName(r.id, s.keyring), seal.Keyring, r.id)
+	if s.Keyring > u.number {
+		raw, err := getDocument(ctx, r.store, ringName(r.id, s.Keyring), seal.Keyring, r.id)
 		switch {
 		case err == nil && clearRoot(raw) > u.generation:
 			return ErrKeys

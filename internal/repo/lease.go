@@ -46,7 +46,7 @@ func (r *Repo) leases(ctx context.Context, s *state) (map[string]Lease, error) {
 	open := map[string]Lease{}
 	for _, name := range names { // sorted: a lease comes before its beats
 		session, beat, isBeat := splitName(name)
-		if s.over[session] != 0 {
+		if s.Over[session] != 0 {
 			continue
 		}
 		if !isBeat {
@@ -147,7 +147,7 @@ func (r *Repo) watch(ctx context.Context, leases map[string]Lease, limit time.Du
 // revoke ends a dead run's lease, unless it has ended by itself.
 func (r *Repo) revoke(ctx context.Context, session string) error {
 	err := r.append(ctx, kindRevoke, entryClear{Lease: session}, entrySealed{}, func(s *state) error {
-		if s.over[session] != 0 {
+		if s.Over[session] != 0 {
 			return errNothing
 		}
 		return nil

@@ -54,7 +54,7 @@ func TestLesson05SilentlyPartialListing(t *testing.T) {
 		for _, p := range points(t, r) {
 			equal(t, r, &p, w.contents[p.ID])
 		}
-		pinned := r.current().forgotten[w.pinned]
+		pinned := r.current().Forgotten[w.pinned]
 		equal(t, r, pinned, w.contents[w.pinned])
 		clean(t, r, true)
 	}
@@ -166,10 +166,10 @@ func TestLesson13Forged(t *testing.T) {
 	before := store.Clone()
 	mustSave(t, r, "a", random(2, 3))
 	mustSave(t, attacker, "a", random(3, 3))
-	for range r.current().head - attacker.current().head + 1 { // so that it has an entry of the number that comes next
+	for range r.current().Head - attacker.current().Head + 1 { // so that it has an entry of the number that comes next
 		mustSave(t, attacker, "a", random(3, 3))
 	}
-	next := entryName(r.current().head + 1)
+	next := entryName(r.current().Head + 1)
 	get := func(s *blob.Mem, name string) []byte {
 		b, err := s.Get(ctx, name, 0, -1)
 		if err != nil {
@@ -189,7 +189,7 @@ func TestLesson13Forged(t *testing.T) {
 		"another repository's entry":               get(foreign, next),
 		"another repository's entry as one's own":  as(get(foreign, next)),
 		"an old entry once more":                   get(store, entryName(1)),
-		"an entry with one bit of its point other": flipped(get(store, entryName(r.current().head))),
+		"an entry with one bit of its point other": flipped(get(store, entryName(r.current().Head))),
 	} {
 		s := store.Clone()
 		if err := s.Put(ctx, next, forged); err != nil {

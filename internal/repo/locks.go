@@ -34,7 +34,7 @@ func wantedLock(rule Immutability, now time.Time) blob.Lock {
 // rootKey is under what the lock cache has a whole map: all its items have a
 // good copy that is locked. Distrust may take that copy, and nothing else does.
 func rootKey(s *state, r Root) string {
-	return "map " + string(r) + " " + strconv.FormatUint(s.locks.Distrusted, 10)
+	return "map " + string(r) + " " + strconv.FormatUint(s.Locks.Distrusted, 10)
 }
 
 // lockEnd is when a lock ends that is to hold until t at least.
@@ -46,7 +46,7 @@ func lockEnd(t time.Time) time.Time {
 // Immutable tells the rule.
 func (r *Repo) Immutable(ctx context.Context) (Immutability, error) {
 	err := r.refresh(ctx)
-	return r.current().locks.Immutability, err
+	return r.current().Locks.Immutability, err
 }
 
 // TryLocks proves that a store keeps locks of that mode. blob.ErrNoLock is the
@@ -81,9 +81,9 @@ func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(
 	}
 	allowed := func(s *state) error {
 		switch {
-		case rule.Days > 0 && blob.ParseLockMode(s.locks.Mode) == blob.Governance && blob.ParseLockMode(rule.Mode) == blob.Compliance:
+		case rule.Days > 0 && blob.ParseLockMode(s.Locks.Mode) == blob.Governance && blob.ParseLockMode(rule.Mode) == blob.Compliance:
 			return ErrLockMode
-		case rule.Days == s.locks.Days && (rule.Days == 0 || rule.Mode == s.locks.Mode):
+		case rule.Days == s.Locks.Days && (rule.Days == 0 || rule.Mode == s.Locks.Mode):
 			return errNothing
 		}
 		return nil
@@ -95,7 +95,7 @@ func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(
 	s := r.current()
 	now := r.now()
 	until := func(p *Point) time.Time {
-		return later(wantedLock(s.locks.Immutability, now).Until, keptUntil(s, p.ID, now))
+		return later(wantedLock(s.Locks.Immutability, now).Until, keptUntil(s, p.ID, now))
 	}
 	if err := r.protect(ctx, s, until, report); err != nil {
 		return fmt.Errorf("the rule is set, but not all is locked yet, which \"holdfast check\" does: %w", err)
@@ -113,13 +113,13 @@ func later(a, b time.Time) time.Time {
 // keptUntil is until when a mark wants a point's locks to hold; zero for not
 // at all.
 func keptUntil(s *state, id PointID, now time.Time) time.Time {
-	mark := s.keep[id]
-	if s.locks.Days == 0 || !mark.Holds(now) {
+	mark := s.Keep[id]
+	if s.Locks.Days == 0 || !mark.Holds(now) {
 		return time.Time{}
 	}
 	t, err := time.Parse(time.RFC3339, string(mark))
 	if err != nil { // for ever
-		return wantedLock(s.locks.Immutability, now).Until
+		return wantedLock(s.Locks.Immutability, now).Until
 	}
 	if most := now.Add(MaxImmutableDays * day); t.After(most) {
 		return most
@@ -130,8 +130,8 @@ func keptUntil(s *state, id PointID, now time.Time) time.Time {
 // promised is until when the rule wants a point to be locked; zero when that
 // is over.
 func promised(s *state, p *Point, now time.Time) time.Time {
-	t := p.Time.Add(time.Duration(s.locks.Days) * day)
-	if s.locks.Days == 0 || !t.After(now) || p.Time.After(now.Add(lockMargin)) {
+	t := p.Time.Add(time.Duration(s.Locks.Days) * day)
+	if s.Locks.Days == 0 || !t.After(now) || p.Time.After(now.Add(lockMargin)) {
 		return time.Time{}
 	}
 	return t
@@ -140,14 +140,14 @@ func promised(s *state, p *Point, now time.Time) time.Time {
 // protect locks what living points need until the times that until gives; zero
 // for a point that is left out.
 func (r *Repo) protect(ctx context.Context, s *state, until func(*Point) time.Time, report func(done, total int64)) error {
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return nil
 	}
 	ends, err := r.needsOf(ctx, s, until)
 	if err != nil || len(ends) == 0 {
 		return err
 	}
-	return r.lockEach(ctx, ends, blob.ParseLockMode(s.locks.Mode), report)
+	return r.lockEach(ctx, ends, blob.ParseLockMode(s.Locks.Mode), report)
 }
 
 // needsOf gives what living points need, and until when it is to be locked:
@@ -158,8 +158,8 @@ func (r *Repo) needsOf(ctx context.Context, s *state, until func(*Point) time.Ti
 		until time.Time
 	}
 	var claims []claim
-	for _, id := range s.order {
-		if p, ok := s.points[id]; ok {
+	for _, id := range s.Order {
+		if p, ok := s.Points[id]; ok {
 			if t := until(&p); !t.IsZero() {
 				claims = append(claims, claim{p, t})
 			}
@@ -195,10 +195,10 @@ func (r *Repo) common(ctx context.Context, s *state) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	for n := max(1, s.older); n <= s.head; n++ {
+	for n := max(1, s.Older); n <= s.Head; n++ {
 		names = append(names, entryName(n))
 	}
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		names = append(names, indexName(d))
 	}
 	return names, nil
@@ -247,12 +247,12 @@ func (r *Repo) lockEach(ctx context.Context, ends map[string]time.Time, mode blo
 // lockKeys locks keys that were just made, as lockEntry does.
 func (r *Repo) lockKeys(ctx context.Context) {
 	s := r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return
 	}
 	names, err := r.keyNames(ctx)
 	if err == nil {
-		_ = r.lock(ctx, names, wantedLock(s.locks.Immutability, r.now()))
+		_ = r.lock(ctx, names, wantedLock(s.Locks.Immutability, r.now()))
 	}
 }
 
@@ -275,10 +275,10 @@ func (r *Repo) keyNames(ctx context.Context) ([]string, error) {
 // or check does.
 func (r *Repo) lockEntry(ctx context.Context, n uint64) {
 	s := r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	_ = r.lock(ctx, []string{entryName(n)}, wantedLock(s.locks.Immutability, r.now()))
+	_ = r.lock(ctx, []string{entryName(n)}, wantedLock(s.Locks.Immutability, r.now()))
 }

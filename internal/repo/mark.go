@@ -153,7 +153,7 @@ func (m *marker) gone(ctx context.Context, s *state, err error) error {
 	if err := m.r.refresh(ctx); err != nil {
 		return err
 	}
-	if m.r.current().head != s.head {
+	if m.r.current().Head != s.Head {
 		return errMoved
 	}
 	return refuse("%w; run check, or back up: both make the index anew from the packs", err)
@@ -176,7 +176,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if damage := m.r.Damage(); len(damage) > 0 {
 		return refuse("%s; run check, and put back what it names from a copy of the repository", damage[0])
 	}
-	if m.state == nil || m.state.moved != s.moved {
+	if m.state == nil || m.state.Moved != s.Moved {
 		m.packs, m.read, m.points = map[[32]byte]*packMark{}, map[[32]byte]bool{}, map[PointID]bool{}
 		m.lost, m.notes = map[PointID]int64{}, map[string]bool{}
 		m.chunks, m.walked, m.nodes = nil, nil, map[tree.ID]bool{}
@@ -187,12 +187,12 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if m.after, err = m.open(ctx, s); err != nil {
 		return err
 	}
-	for session := range s.over {
+	for session := range s.Over {
 		delete(before, session)
 	}
 	m.state, m.before = s, before
-	for _, id := range s.order {
-		if p, ok := s.points[id]; ok {
+	for _, id := range s.Order {
+		if p, ok := s.Points[id]; ok {
 			if err := m.point(ctx, &p); err != nil {
 				return err
 			}
@@ -207,7 +207,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 		return err
 	}
 	for id, session := range m.pins { // what lacks chunks only because it is gone
-		if _, live := s.points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, pinName(session, id)) {
+		if _, live := s.Points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, pinName(session, id)) {
 			delete(m.lost, id)
 			m.pinned--
 		}
@@ -227,7 +227,7 @@ func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
 			if err := m.r.refresh(ctx); err != nil {
 				return nil, err
 			}
-			if m.r.current().over[m.own] != 0 {
+			if m.r.current().Over[m.own] != 0 {
 				return nil, ErrRevoked
 			}
 			return nil, refuse("the store does not list this prune's own lease, leases/%s: its listing cannot be relied on", m.own)
@@ -240,7 +240,7 @@ func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
 // adopt takes over the state after an entry of the pruner's own, unless there
 // are other news, which the next catchUp looks at.
 func (m *marker) adopt(ctx context.Context) error {
-	if s := m.r.current(); s.head == m.state.head+1 {
+	if s := m.r.current(); s.Head == m.state.Head+1 {
 		if err := m.inventory(ctx, s); errors.Is(err, errMoved) {
 			m.state = nil // part of it is taken in: begin anew
 			return m.catchUp(ctx)
@@ -256,7 +256,7 @@ func (m *marker) adopt(ctx context.Context) error {
 // more, and compares the packs that they list with the store's listing.
 func (m *marker) inventory(ctx context.Context, s *state) error {
 	var unread [][32]byte
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if !m.read[d] {
 			unread = append(unread, d)
 		}
@@ -279,7 +279,7 @@ func (m *marker) inventory(ctx context.Context, s *state) error {
 	// Only now, so that a pack which another index object lists keeps its marks.
 	dropped := map[[32]byte]bool{}
 	for d := range m.read {
-		if !s.indexes[d] {
+		if !s.Indexes[d] {
 			delete(m.read, d)
 			dropped[d] = true
 		}
@@ -303,10 +303,10 @@ func (m *marker) pack(ctx context.Context, s *state, d [32]byte, k *index.Pack) 
 		have.indexes = append(have.indexes, d)
 		return nil
 	}
-	mark := &packMark{size: k.Size, kind: k.Kind, items: len(k.Items), indexes: [][32]byte{d}, added: s.added[d]}
+	mark := &packMark{size: k.Size, kind: k.Kind, items: len(k.Items), indexes: [][32]byte{d}, added: s.Added[d]}
 	m.packs[k.Name] = mark
 	size, listed := m.there[k.Name]
-	if listed && size == k.Size || !m.old.indexes[d] || s.quarantine[k.Name] != 0 {
+	if listed && size == k.Size || !m.old.Indexes[d] || s.Quarantine[k.Name] != 0 {
 		return nil
 	}
 	name := packName(k.Name)
@@ -320,7 +320,7 @@ func (m *marker) pack(ctx context.Context, s *state, d [32]byte, k *index.Pack) 
 	}
 	bad := 0
 	for _, it := range k.Items {
-		if s.bad[badKey{k.Name, it.ID}] {
+		if s.Bad[badKey{k.Name, it.ID}] {
 			bad++
 		}
 	}
@@ -341,7 +341,7 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 			err = m.disk(ctx, p.ID, root)
 		}
 		if errors.Is(err, ErrDamaged) || errors.Is(err, tree.ErrNode) {
-			if m.r.refresh(ctx) == nil && m.r.current().moved != m.state.moved {
+			if m.r.refresh(ctx) == nil && m.r.current().Moved != m.state.Moved {
 				return errMoved // what was looked for may be elsewhere by now
 			}
 			return refuse("the map of %s of point %s (%s of %s) cannot be read, so what it needs is not known: %w; "+
@@ -529,9 +529,9 @@ func (m *marker) rank(p *index.Place, id pack.ID) int {
 	switch {
 	case k == nil || k.missing || int(p.Number) >= k.items:
 		return 0
-	case m.state.bad[badKey{p.Pack, id}]:
+	case m.state.Bad[badKey{p.Pack, id}]:
 		return rankBad
-	case m.state.quarantine[p.Pack] != 0:
+	case m.state.Quarantine[p.Pack] != 0:
 		return rankQuarantine
 	}
 	return rankGood
@@ -567,10 +567,10 @@ func (m *marker) readPins(ctx context.Context, s *state) error {
 	}
 	m.pins, m.pinned = pinned, 0
 	for id, session := range pinned {
-		if _, live := s.points[id]; live {
+		if _, live := s.Points[id]; live {
 			continue
 		}
-		p, known := s.forgotten[id]
+		p, known := s.Forgotten[id]
 		if !known {
 			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
 			continue

@@ -41,7 +41,7 @@ func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error 
 	if done {
 		return nil
 	}
-	if _, err := r.store.Get(ctx, entryName(s.head+1), 0, -1); err == nil {
+	if _, err := r.store.Get(ctx, entryName(s.Head+1), 0, -1); err == nil {
 		return errMoved
 	}
 	if _, err := r.makeUp(ctx, s, drop, x); err != nil {
@@ -65,7 +65,7 @@ const (
 func (r *Repo) fillIndex(ctx context.Context, s *state, x *index.Index) (why []string, lost map[[32]byte]bool, err error) {
 	lost = map[[32]byte]bool{}
 	var missing [][32]byte
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if !x.Has(d) {
 			missing = append(missing, d)
 		}
@@ -146,7 +146,7 @@ func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool, x *
 // scan reads the directories of all packs that no index object lists.
 func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]index.Pack, error) {
 	listed := map[string]bool{}
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if lost[d] {
 			continue
 		}
@@ -165,7 +165,7 @@ func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]in
 		if err != nil {
 			return nil, err
 		}
-		if name, err := packDigest(i.Name); listed[i.Name] || err != nil || s.quarantine[name] != 0 {
+		if name, err := packDigest(i.Name); listed[i.Name] || err != nil || s.Quarantine[name] != 0 {
 			continue
 		}
 		k, err := r.readDirectory(ctx, i)

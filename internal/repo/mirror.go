@@ -85,7 +85,7 @@ func (m *mirrorer) copy(ctx context.Context, name string, right func([]byte) boo
 		if err := m.r.refresh(ctx); err != nil {
 			return err
 		}
-		if m.r.current().head != m.s.head {
+		if m.r.current().Head != m.s.Head {
 			return errMoved
 		}
 	}
@@ -155,7 +155,7 @@ func (m *mirrorer) keys(ctx context.Context) error {
 func (m *mirrorer) indexes(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(mirroring)
-	for d := range m.s.indexes {
+	for d := range m.s.Indexes {
 		g.Go(func() error {
 			return m.copy(gctx, indexName(d), func(p []byte) bool { return sha256.Sum256(p) == d })
 		})
@@ -175,7 +175,7 @@ func (m *mirrorer) chain(ctx context.Context) error {
 		g.SetLimit(mirroring)
 	}
 	for _, name := range names {
-		if name > entryName(m.s.head) {
+		if name > entryName(m.s.Head) {
 			break
 		}
 		g.Go(func() error {
@@ -183,7 +183,7 @@ func (m *mirrorer) chain(ctx context.Context) error {
 				raw, err := seal.Parse(p, seal.Entry)
 				return err == nil && raw.Verify(m.r.id, m.r.pub) == nil
 			})
-			if errors.Is(err, blob.ErrNotExist) && name < entryName(m.s.older) {
+			if errors.Is(err, blob.ErrNotExist) && name < entryName(m.s.Older) {
 				return nil // a prune has just deleted it, and nobody has to read it
 			}
 			return err
@@ -201,8 +201,8 @@ func (m *mirrorer) tidy(ctx context.Context) error {
 		var gone bool
 		switch dir, base, _ := strings.Cut(name, "/"); dir {
 		case "index":
-			d, err := parseDigest(base)
-			gone = err == nil && !m.s.indexes[d]
+			d, err := seal.ParseDigest(base)
+			gone = err == nil && !m.s.Indexes[d]
 		case "keys", "keyring":
 			if m.keep[name] {
 				break

@@ -165,7 +165,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if err := r.settle(ctx); err != nil {
 		return nil, err
 	}
-	if r.state.keyring > u.number {
+	if r.state.Keyring > u.number {
 		if err := r.learn(ctx); err != nil {
 			return nil, err
 		}
@@ -184,7 +184,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 
 // openIndex opens the cache as far as it fits s.
 func (r *Repo) openIndex(s *state) (*index.Index, error) {
-	return index.Open(filepath.Join(r.cache, "index"), func(d [32]byte) bool { return s.indexes[d] })
+	return index.Open(filepath.Join(r.cache, "index"), func(d [32]byte) bool { return s.Indexes[d] })
 }
 
 func parseConfig(p []byte) (c config, id [16]byte, err error) {

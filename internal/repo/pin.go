@@ -22,7 +22,7 @@ func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
 		return err
 	}
 	name := pinName(session, id)
-	_, there := r.current().points[id]
+	_, there := r.current().Points[id]
 	if !there {
 		if _, err := r.store.Get(ctx, name, 0, 0); err == nil {
 			return nil // pinned before; since the point was forgotten after that, its data is kept
@@ -39,7 +39,7 @@ func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if _, ok := r.current().points[id]; !ok {
+	if _, ok := r.current().Points[id]; !ok {
 		return errors.Join(fmt.Errorf("pin %s: %w", id, ErrNotExist), r.store.Delete(ctx, name))
 	}
 	return nil

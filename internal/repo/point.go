@@ -63,9 +63,6 @@ type Until string
 // Forever is until the mark is taken off.
 const Forever Until = "forever"
 
-// UntilTime marks to stay until t.
-func UntilTime(t time.Time) Until { return Until(t.UTC().Format(time.RFC3339)) }
-
 // Holds reports whether the mark keeps a point at that time. A mark that
 // cannot be read keeps it.
 func (u Until) Holds(now time.Time) bool {

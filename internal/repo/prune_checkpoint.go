@@ -22,7 +22,7 @@ func (p *pruner) checkpoint(ctx context.Context) error {
 		if err := p.m.catchUp(ctx); err != nil {
 			return err
 		}
-		if p.m.state.head-p.m.state.checkpoint < p.every() {
+		if p.m.state.Head-p.m.state.Checkpoint < p.every() {
 			break
 		}
 		err := p.writeCheckpoint(ctx)
@@ -35,7 +35,7 @@ func (p *pruner) checkpoint(ctx context.Context) error {
 			return fmt.Errorf("checkpoint: %w", err)
 		}
 		written = true
-		p.report.Checkpoint = p.r.current().checkpoint
+		p.report.Checkpoint = p.r.current().Checkpoint
 		break
 	}
 	if err := p.dropEntries(ctx, written); err != nil {
@@ -98,7 +98,7 @@ func (p *pruner) dropEntries(ctx context.Context, written bool) error {
 		if err != nil {
 			return err
 		}
-		from, _ := slices.BinarySearch(numbers, s.older)
+		from, _ := slices.BinarySearch(numbers, s.Older)
 		if from == 0 && !written {
 			return nil
 		}
@@ -123,7 +123,7 @@ func (r *Repo) proveChain(ctx context.Context, s *state, numbers []uint64) error
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if r.current().checkpoint != s.checkpoint {
+	if r.current().Checkpoint != s.Checkpoint {
 		return errMoved
 	}
 	return fmt.Errorf("%w; no entry was deleted; run check", err)

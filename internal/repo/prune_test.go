@@ -103,15 +103,15 @@ func TestPrune(t *testing.T) {
 		equal(t, r, stays, random(3, 20))
 		clean(t, r, true)
 	}
-	head := r.current().head
+	head := r.current().Head
 	again := prune(t, r, unwatched)
-	if again.Removed+again.Quarantined+again.Rewritten > 0 || r.current().head != head {
+	if again.Removed+again.Quarantined+again.Rewritten > 0 || r.current().Head != head {
 		t.Errorf("second prune: %+v", again)
 	}
 	if n, _ := stored(t, store, "leases/"); n > 0 {
 		t.Error("leases are left")
 	}
-	if live, n := len(r.current().indexes), 0; true {
+	if live, n := len(r.current().Indexes), 0; true {
 		if n, _ = stored(t, store, "index/"); n != live {
 			t.Errorf("%d index objects, %d live", n, live)
 		}
@@ -320,7 +320,7 @@ func TestPruneWatch(t *testing.T) {
 // packNames lists the packs of the inventory.
 func packNames(r *Repo) map[[32]byte]bool {
 	names := map[[32]byte]bool{}
-	for d := range r.current().indexes {
+	for d := range r.current().Indexes {
 		packs, err := r.readIndex(ctx, d)
 		if err != nil {
 			panic(err)
@@ -387,8 +387,8 @@ func TestKeep(t *testing.T) {
 	if points, _ := reopen(t, store).Points(ctx); !points[0].Keep.Holds(now) || points[0].Keep.Holds(now.Add(2*time.Hour)) {
 		t.Fatalf("%+v", points)
 	}
-	head := r.current().head
-	if err := r.Keep(ctx, []PointID{p.ID}, points(t, r)[0].Keep); err != nil || r.current().head != head {
+	head := r.current().Head
+	if err := r.Keep(ctx, []PointID{p.ID}, points(t, r)[0].Keep); err != nil || r.current().Head != head {
 		t.Fatalf("the same mark once more: %v", err)
 	}
 	if err := r.Keep(ctx, []PointID{p.ID}, ""); err != nil {

@@ -3,6 +3,7 @@ package repo
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"time"
@@ -10,6 +11,25 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/seal"
 )
+
+// Chain reads and extends a repository's chain. It is safe in parallel; its
+// fields are not changed once it is in use.
+type Chain struct {
+	Store  blob.Store
+	Repo   [16]byte          // id of the repository
+	Verify ed25519.PublicKey // of the repository's signatures
+	Config [32]byte          // SHA-256 of the object "config", which stands before entry 1
+	Made   time.Time         // when the repository was
+
+	// Master gives the master key of a number. An error that is seal.ErrDamaged
+	// is one of the entry.
+	Master func(ctx context.Context, number uint32) (*seal.Key, error)
+	// Newest gives the master key of new entries and its number.
+	Newest func() (uint32, *seal.Key)
+	Sign   ed25519.PrivateKey // of new entries
+	// Memory is the file with the newest head that this machine has seen.
+	Memory string
+}
 
 // ErrLeftBehind: this process stood still while others went on for so long
 // that it cannot be told whether what it added counts.
@@ -21,9 +41,9 @@ var ErrLeftBehind = errors.New("this process stood still while the repository's 
 // whether it counts the next reading tells: when that had to begin anew, see
 // Counts.
 func (c *Chain) Put(ctx context.Context, s *state, k kind, clear entryClear, content []byte) (n uint64, p []byte, ours bool, err error) {
-	clear.Number, clear.Previous, clear.Time, clear.Start = s.head+1, s.digest[:], time.Now().UTC(), s.older
+	clear.Number, clear.Previous, clear.Time, clear.Start = s.Head+1, s.Digest[:], time.Now().UTC(), s.Older
 	if k == kindCheckpoint {
-		clear.Start = s.checkpoint
+		clear.Start = s.Checkpoint
 	}
 	b, err := json.Marshal(clear)
 	if err != nil {
@@ -44,15 +64,15 @@ func (c *Chain) Put(ctx context.Context, s *state, k kind, clear entryClear, con
 // shows (docs/format.md §6.4). point is what the entry commits; nil for none. It
 // fails with ErrLeftBehind.
 func (c *Chain) Counts(ctx context.Context, s *state, n uint64, p []byte, point *Point) error {
-	if n >= s.older {
+	if n >= s.Older {
 		if there, err := c.Store.Get(ctx, entryName(n), 0, -1); err != nil || bytes.Equal(there, p) {
 			return err
 		}
 		return ErrLeftBehind
 	}
 	if point != nil {
-		_, live := s.points[point.ID]
-		_, gone := s.forgotten[point.ID]
+		_, live := s.Points[point.ID]
+		_, gone := s.Forgotten[point.ID]
 		if live || gone {
 			return nil
 		}

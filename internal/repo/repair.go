@@ -115,8 +115,8 @@ type refill struct {
 // points goes through the maps of all points.
 func (f *refill) points(ctx context.Context) error {
 	s := f.r.current()
-	for _, id := range s.order {
-		p, ok := s.points[id]
+	for _, id := range s.Order {
+		p, ok := s.Points[id]
 		if !ok {
 			continue
 		}
@@ -432,7 +432,7 @@ func (f *refill) again(ctx context.Context, id pack.ID, content []byte) error {
 // give gives up what damaged packs hold and others do as well.
 func (f *refill) give(ctx context.Context, worn []wornPack) error {
 	var items []badItem
-	known := f.r.current().bad
+	known := f.r.current().Bad
 	for _, w := range worn {
 		for _, it := range w.items {
 			elsewhere, err := f.elsewhere(it.ID, w.name)

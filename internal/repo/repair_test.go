@@ -365,7 +365,7 @@ func TestIndexFromPacks(t *testing.T) {
 func inventory(t *testing.T, r *Repo) map[[32]byte]index.Pack {
 	t.Helper()
 	all := map[[32]byte]index.Pack{}
-	for d := range r.current().indexes {
+	for d := range r.current().Indexes {
 		packs, err := r.readIndex(ctx, d)
 		if err != nil {
 			t.Fatal(err)

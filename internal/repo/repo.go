@@ -126,10 +126,10 @@ func (r *Repo) Points(ctx context.Context) ([]Point, error) {
 	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	points := make([]Point, 0, len(r.state.points))
-	for _, id := range r.state.order {
-		if p, ok := r.state.points[id]; ok {
-			p.Keep = r.state.keep[id]
+	points := make([]Point, 0, len(r.state.Points))
+	for _, id := range r.state.Order {
+		if p, ok := r.state.Points[id]; ok {
+			p.Keep = r.state.Keep[id]
 			points = append(points, p)
 		}
 	}

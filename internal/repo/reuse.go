@@ -39,19 +39,19 @@ func (run *Run) rests(s *state) error {
 	}
 	run.mu.Lock()
 	defer run.mu.Unlock()
-	if s.mended > max(run.verified, run.began) {
+	if s.Mended > max(run.verified, run.began) {
 		return errUnverified // what was found present may have been lost with an index object
 	}
-	if s.quarantined <= run.verified {
+	if s.Quarantined <= run.verified {
 		return nil
 	}
 	for name := range run.uses {
-		if s.quarantine[name] > run.verified {
+		if s.Quarantine[name] > run.verified {
 			return errUnverified
 		}
 	}
 	for _, root := range run.bases {
-		if !s.hasRoot(root) {
+		if !s.HasRoot(root) {
 			return errUnverified
 		}
 	}
@@ -109,11 +109,11 @@ func (run *Run) verify(ctx context.Context, p *Point) error {
 	run.mu.Lock()
 	defer run.mu.Unlock()
 	for _, k := range run.unannounced() {
-		if s.quarantine[k] != 0 {
+		if s.Quarantine[k] != 0 {
 			return ErrPruned // a pruner took this run for dead
 		}
 	}
-	run.verified = max(s.quarantined, s.mended)
+	run.verified = max(s.Quarantined, s.Mended)
 	run.locked = lockedAt{} // it may rest on other packs now
 	return nil
 }
@@ -135,7 +135,7 @@ func (run *Run) holds(s *state, id pack.ID) error {
 		return err
 	}
 	for _, p := range places {
-		if s.quarantine[p.Pack] == 0 {
+		if s.Quarantine[p.Pack] == 0 {
 			run.mu.Lock()
 			run.uses[p.Pack] = true
 			run.mu.Unlock()

@@ -52,8 +52,8 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 			return nil, fmt.Errorf("%s: %w, or it is damaged: it does not open; use another passphrase, or put it back from a copy of the repository", name, ErrKeys)
 		}
 	}
-	if s.keyring > u.number {
-		return nil, fmt.Errorf("%s: %w: missing; put it back from a copy of the repository", ringName(r.id, s.keyring), ErrDamaged)
+	if s.Keyring > u.number {
+		return nil, fmt.Errorf("%s: %w: missing; put it back from a copy of the repository", ringName(r.id, s.Keyring), ErrDamaged)
 	}
 	return u, nil
 }
@@ -126,7 +126,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 		return RootChange{}, err // the keyring may be there: its slots must stay
 	}
 	for _, k := range kept { // before anything old is deleted
-		v, err := unlock(ctx, r.store, r.id, k.cred.text, nil, k.id, r.current().removed)
+		v, err := unlock(ctx, r.store, r.id, k.cred.text, nil, k.id, r.current().Removed)
 		if err != nil || !bytes.Equal(v.root[:], next.root[:]) {
 			return RootChange{}, fmt.Errorf("the new keys were read back and do not open: %w; nothing old was deleted", errors.Join(ErrDamaged, err))
 		}

@@ -105,7 +105,7 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 		return nil, err
 	}
 	number, master := r.ring.Newest()
-	clear := map[string]any{"lease": lease, "chain": r.current().head}
+	clear := map[string]any{"lease": lease, "chain": r.current().Head}
 	err = putSealed(ctx, r.store, "leases/"+lease, seal.NewHeader(seal.Lease, 0, number, r.id), clear, who, master, "lease")
 	if err != nil {
 		return nil, fmt.Errorf("open a lease: %w", err)
@@ -125,7 +125,7 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	if err != nil {
 		return nil, errors.Join(err, run.Close())
 	}
-	run.began = r.current().head
+	run.began = r.current().Head
 	run.beats.Go(run.beat)
 	return run, nil
 }
@@ -282,7 +282,7 @@ func (run *Run) entry() entryClear {
 
 // mayAnnounce refuses once the lease is over.
 func (run *Run) mayAnnounce(s *state) error {
-	if s.over[run.lease] == kindRevoke {
+	if s.Over[run.lease] == kindRevoke {
 		return ErrRevoked
 	}
 	return nil

@@ -39,7 +39,7 @@ func (run *Run) Lock(ctx context.Context, p *Point) error {
 
 // isLocked refuses unless all was locked that a point needs which follows s.
 func (run *Run) isLocked(s *state) error {
-	if s.locks.Days > 0 && (run.locked.head != s.head || run.locked.rule != s.locks.Immutability) {
+	if s.Locks.Days > 0 && (run.locked.head != s.Head || run.locked.rule != s.Locks.Immutability) {
 		return errUnlocked
 	}
 	return nil
@@ -48,7 +48,7 @@ func (run *Run) isLocked(s *state) error {
 // canLock refuses a store that cannot do what the rule wants, before a run has
 // stored anything.
 func (r *Repo) canLock() error {
-	if _, ok := blob.As[blob.Locker](r.store); !ok && r.current().locks.Days > 0 {
+	if _, ok := blob.As[blob.Locker](r.store); !ok && r.current().Locks.Days > 0 {
 		return fmt.Errorf("restore points are to be immutable: %w: it has no means to", blob.ErrNoLock)
 	}
 	return nil
@@ -58,7 +58,7 @@ func (r *Repo) canLock() error {
 func (run *Run) lock(ctx context.Context, p *Point) error {
 	for {
 		s := run.r.current()
-		if s.locks.Days == 0 {
+		if s.Locks.Days == 0 {
 			return nil
 		}
 		err := run.lockFor(ctx, s, p)
@@ -69,7 +69,7 @@ func (run *Run) lock(ctx context.Context, p *Point) error {
 		if err := run.r.refresh(ctx); err != nil {
 			return err
 		}
-		if run.r.current().head == s.head {
+		if run.r.current().Head == s.Head {
 			return fmt.Errorf("%w: what the restore point rests on is missing: %w; run check, then back up again", ErrDamaged, err)
 		}
 	}
@@ -77,13 +77,13 @@ func (run *Run) lock(ctx context.Context, p *Point) error {
 
 func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
 	r := run.r
-	want := wantedLock(s.locks.Immutability, r.now())
+	want := wantedLock(s.Locks.Immutability, r.now())
 	names, err := r.common(ctx, s)
 	if err != nil {
 		return err
 	}
 	n := newNeeds(run.fetchNode, run.presentIn)
-	if run.locked.distrusted != s.locks.Distrusted {
+	if run.locked.distrusted != s.Locks.Distrusted {
 		run.locked.roots = nil
 	}
 	least, err := run.walk(ctx, n, s, p, want)
@@ -123,7 +123,7 @@ func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
 			least.Until = l.Until
 		}
 	}
-	run.locked = lockedAt{head: s.head, rule: s.locks.Immutability, distrusted: s.locks.Distrusted}
+	run.locked = lockedAt{head: s.Head, rule: s.Locks.Immutability, distrusted: s.Locks.Distrusted}
 	if !n.lost {
 		run.locked.roots = map[Root]blob.Lock{}
 		for _, m := range mapsOf(p) {
@@ -187,10 +187,10 @@ func (run *Run) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 func (run *Run) settleLocks() {
 	r := run.r
 	s := r.current()
-	if run.locked.head == 0 || s.locks.Days == 0 {
+	if run.locked.head == 0 || s.Locks.Days == 0 {
 		return
 	}
-	want := wantedLock(s.locks.Immutability, r.now())
+	want := wantedLock(s.Locks.Immutability, r.now())
 	for root, l := range run.locked.roots {
 		r.locks.set(rootKey(s, root), l)
 	}

@@ -89,7 +89,7 @@ func (r *Repo) Head(ctx context.Context) (Head, error) {
 		return Head{}, err
 	}
 	s := r.current()
-	return Head{s.head, s.time}, nil
+	return Head{s.Head, s.Time}, nil
 }
 
 // Slots lists all key slots, the oldest first.
@@ -136,7 +136,7 @@ func (r *Repo) slotState(u *unlocked, k slotDoc) SlotState {
 	switch {
 	case k.err != nil:
 		return SlotDamaged
-	case r.current().removed[k.id]:
+	case r.current().Removed[k.id]:
 		return SlotOld
 	case k.kdf.Root > u.generation:
 		return SlotUnfinished
@@ -312,14 +312,14 @@ func (r *Repo) tidy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if newest := max(rings.newest(), r.current().keyring); newest != u.number {
+	if newest := max(rings.newest(), r.current().Keyring); newest != u.number {
 		return nil // whoever knows the newest one tidies
 	}
 	if r.remaining(docs, u, "") == 0 {
 		return fmt.Errorf("keys: %w: no key slot opens the newest keyring; nothing was deleted", ErrDamaged)
 	}
 	for _, k := range docs {
-		if r.slotState(u, k) == SlotOld || r.current().removed[k.id] {
+		if r.slotState(u, k) == SlotOld || r.current().Removed[k.id] {
 			err = errors.Join(err, r.forget(ctx, slotName(k.id)))
 		}
 	}

@@ -26,7 +26,7 @@ const deleting = 8
 // Leases were listed after the chain was read, so after every quarantine in it.
 func (p *pruner) due() (free, wait [][32]byte) {
 	h := horizon(p.m.after)
-	for name, entry := range p.m.state.quarantine {
+	for name, entry := range p.m.state.Quarantine {
 		k := p.m.packs[name]
 		_, listed := p.m.there[name]
 		switch {
@@ -59,7 +59,7 @@ func (p *pruner) sweep(ctx context.Context) error {
 			p.report.WaitingBytes += p.size(name)
 		}
 		if len(wait) > 0 {
-			p.waitsFor(p.m.state.quarantined)
+			p.waitsFor(p.m.state.Quarantined)
 		}
 		if len(free) == 0 {
 			return nil
@@ -238,7 +238,7 @@ func (p *pruner) tidy(ctx context.Context) error {
 	}
 	for _, name := range names {
 		session, _, _ := splitName(name)
-		if p.m.state.over[session] == 0 {
+		if p.m.state.Over[session] == 0 {
 			continue
 		}
 		if err := p.r.store.Delete(ctx, name); err != nil && !errors.Is(err, blob.ErrNotExist) {
@@ -252,8 +252,8 @@ func (p *pruner) tidy(ctx context.Context) error {
 		return nil
 	}
 	for _, name := range p.indexes {
-		d, err := parseDigest(strings.TrimPrefix(name, "index/"))
-		if err != nil || p.m.state.indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
+		d, err := seal.ParseDigest(strings.TrimPrefix(name, "index/"))
+		if err != nil || p.m.state.Indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
 			continue
 		}
 		ours, err := p.header(ctx, name, seal.Index)

@@ -46,7 +46,7 @@ func (r *Repo) TierInfos(ctx context.Context) ([]TierInfo, error) {
 		return nil, err
 	}
 	infos := []TierInfo{}
-	for i, t := range s.tiers {
+	for i, t := range s.Tiers {
 		info := TierInfo{Tier: t}
 		if problems[i] != nil {
 			info.Problem = problems[i].Error()
@@ -80,7 +80,7 @@ func (r *Repo) listAll(ctx context.Context, s *state) (stores []map[[32]byte]int
 		return nil, nil, err
 	}
 	stores = append(stores, own)
-	for _, t := range s.tiers {
+	for _, t := range s.Tiers {
 		if t.Name == r.mirrorOf {
 			stores, problems = append(stores, own), append(problems, nil)
 			continue
@@ -129,7 +129,7 @@ func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held ma
 		return err
 	}
 	listed := map[[32]byte]bool{} // packs
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if _, ok := slices.BinarySearch(indexes, indexName(d)); !ok {
 			continue
 		}
@@ -143,8 +143,8 @@ func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held ma
 		}
 	}
 	w := &wholes{r: r, listed: listed, nodes: map[tree.ID]bool{}}
-	for _, p := range s.points {
-		whole := s.committed[p.ID] <= info.Entry
+	for _, p := range s.Points {
+		whole := s.Committed[p.ID] <= info.Entry
 		for _, m := range mapsOf(&p) {
 			if !whole {
 				break
@@ -245,7 +245,7 @@ func (r *Repo) RemoveTier(ctx context.Context, name string, o RemoveTierOptions)
 	if err := r.refresh(ctx); err != nil {
 		return nil, err
 	}
-	t := r.current().tier(name)
+	t := r.current().Tier(name)
 	if t == nil {
 		return nil, fmt.Errorf("%q: %w", name, ErrNoTier)
 	}
@@ -286,7 +286,7 @@ func (r *Repo) remove(ctx context.Context, run *Run, name string, o RemoveTierOp
 		if tiers = slices.DeleteFunc(tiers, func(t Tier) bool { return t.Name == name }); len(tiers) == n {
 			return nil, errNothing
 		}
-		for _, t := range r.current().tiers {
+		for _, t := range r.current().Tiers {
 			if t.Name == name && !t.Back {
 				return nil, ErrBusy
 			}
@@ -309,7 +309,7 @@ func (r *Repo) onlyThere(ctx context.Context, name string, removal *TierRemoval)
 		return err
 	}
 	stores := []map[[32]byte]int64{own}
-	for _, t := range s.tiers {
+	for _, t := range s.Tiers {
 		if t.Name == name {
 			continue
 		}

@@ -42,7 +42,7 @@ var (
 // attach makes the stores of the state's tiers be looked into.
 func (r *Repo) attach(s *state) {
 	var tiers []blob.Tier
-	for _, t := range s.tiers {
+	for _, t := range s.Tiers {
 		if t.Name == r.mirrorOf {
 			continue // it is the own store
 		}
@@ -59,7 +59,7 @@ func (r *Repo) attach(s *state) {
 // settle finds out, when the chain was read first, whether the own store is a
 // tier, and attaches the others.
 func (r *Repo) settle(ctx context.Context) error {
-	if len(r.state.tiers) == 0 {
+	if len(r.state.Tiers) == 0 {
 		return nil
 	}
 	name, err := r.mark(ctx, r.tiers.Own())
@@ -68,7 +68,7 @@ func (r *Repo) settle(ctx context.Context) error {
 	} else if err != nil && !errors.Is(err, blob.ErrNotExist) {
 		return err
 	}
-	if r.state.tier(name) != nil { // else it was, and TakeOver was cut off after its entry
+	if r.state.Tier(name) != nil { // else it was, and TakeOver was cut off after its entry
 		r.mirrorOf = name
 		r.isMirror = fmt.Errorf("%w (%s): it can be restored from, but not written to. When the repository's own store is lost for good, \"holdfast tier remove %s --take-over\" makes this one take its place",
 			ErrMirror, r.mirrorOf, r.mirrorOf)
@@ -85,7 +85,7 @@ func (r *Repo) behind(ctx context.Context, err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: this store is its tier %s, which has a copy of the chain up to entry %d of %s; if the repository's own store is lost, delete %s to go on with this copy",
-		ErrRolledBack, name, r.state.head, r.state.time.Format("2006-01-02 15:04"), r.chain.Memory)
+		ErrRolledBack, name, r.state.Head, r.state.Time.Format("2006-01-02 15:04"), r.chain.Memory)
 }
 
 // mark reads a store's object "tier" and gives the tier's name.
@@ -134,7 +134,7 @@ func (r *Repo) Mirror() string { return r.mirrorOf }
 // Tiers gives the tiers.
 func (r *Repo) Tiers(ctx context.Context) ([]Tier, error) {
 	err := r.refresh(ctx)
-	return slices.Clone(r.current().tiers), err
+	return slices.Clone(r.current().Tiers), err
 }
 
 var tierNames = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
@@ -165,10 +165,10 @@ func (r *Repo) AddTier(ctx context.Context, t Tier, far blob.Store) error {
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if _, err := add(slices.Clone(r.current().tiers)); err != nil && !errors.Is(err, errNothing) {
+	if _, err := add(slices.Clone(r.current().Tiers)); err != nil && !errors.Is(err, errNothing) {
 		return err
 	}
-	if err := r.claimStore(ctx, t.Name, far, r.current().tier(t.Name) != nil); err != nil {
+	if err := r.claimStore(ctx, t.Name, far, r.current().Tier(t.Name) != nil); err != nil {
 		return err
 	}
 	if err := r.changeTiers(ctx, add); err != nil {
@@ -215,7 +215,7 @@ func (r *Repo) changeTiers(ctx context.Context, change func([]Tier) ([]Tier, err
 			return err
 		}
 		old := r.current()
-		tiers, err := change(slices.Clone(old.tiers))
+		tiers, err := change(slices.Clone(old.Tiers))
 		if errors.Is(err, errNothing) {
 			return nil
 		} else if err != nil {
@@ -225,7 +225,7 @@ func (r *Repo) changeTiers(ctx context.Context, change func([]Tier) ([]Tier, err
 			tiers[i].Turned = 0
 		}
 		err = r.append(ctx, kindTiers, entryClear{Tiers: len(tiers)}, entrySealed{Tiers: tiers}, func(s *state) error {
-			if !slices.Equal(s.tiers, old.tiers) {
+			if !slices.Equal(s.Tiers, old.Tiers) {
 				return errMoved
 			}
 			return nil
@@ -281,7 +281,7 @@ func (r *Repo) sound(ctx context.Context, name string, far blob.Store) error {
 	}
 	own, err := r.tiers.Own().Get(ctx, last, 0, -1)
 	switch {
-	case errors.Is(err, blob.ErrNotExist) && n <= r.current().head:
+	case errors.Is(err, blob.ErrNotExist) && n <= r.current().Head:
 		return nil // before a checkpoint
 	case errors.Is(err, blob.ErrNotExist):
 		return fmt.Errorf("%w: its copy of the chain goes on to %s, which this repository does not have; it was written to, or this is an older copy of the repository", ErrForked, last)
@@ -298,7 +298,7 @@ func (r *Repo) sound(ctx context.Context, name string, far blob.Store) error {
 
 // soundTiers is tierStore for all.
 func (r *Repo) soundTiers(ctx context.Context) error {
-	for _, t := range r.current().tiers {
+	for _, t := range r.current().Tiers {
 		if _, err := r.tierStore(ctx, t.Name); err != nil {
 			return err
 		}
@@ -312,7 +312,7 @@ func (c *checker) tiers(ctx context.Context) error {
 	if c.r.mirrorOf != "" {
 		return nil
 	}
-	for _, t := range c.r.current().tiers {
+	for _, t := range c.r.current().Tiers {
 		_, err := c.r.tierStore(ctx, t.Name)
 		if errors.Is(err, ErrForked) || errors.Is(err, ErrDamaged) {
 			c.problem(Problem{Object: "tier " + t.Name, What: err.Error()})
@@ -356,7 +356,7 @@ func (r *Repo) TakeOver(ctx context.Context, force bool) error {
 
 // farthest proves that no other tier's copy of the chain goes on after this one.
 func (r *Repo) farthest(ctx context.Context) error {
-	for _, t := range r.current().tiers {
+	for _, t := range r.current().Tiers {
 		if t.Name == r.mirrorOf {
 			continue
 		}
@@ -368,7 +368,7 @@ func (r *Repo) farthest(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("tier %s: %w", t.Name, err)
 		}
-		if n > r.current().head {
+		if n > r.current().Head {
 			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, entryName(n))
 		}
 	}
@@ -400,15 +400,15 @@ type heldPack struct {
 // quarantine.
 func (r *Repo) held(ctx context.Context, s *state) (map[[32]byte]heldPack, error) {
 	held := map[[32]byte]heldPack{}
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		packs, err := r.readIndex(ctx, d)
-		if errors.Is(err, ErrDamaged) && r.refresh(ctx) == nil && r.current().moved != s.moved {
+		if errors.Is(err, ErrDamaged) && r.refresh(ctx) == nil && r.current().Moved != s.Moved {
 			return nil, errMoved
 		} else if err != nil {
 			return nil, err
 		}
 		for _, k := range packs {
-			if s.quarantine[k.Name] == 0 {
+			if s.Quarantine[k.Name] == 0 {
 				held[k.Name] = heldPack{k.Size, k.Kind, k.Made}
 			}
 		}

@@ -328,7 +328,7 @@ func TestTierUnreachable(t *testing.T) {
 		if _, err := r.Check(ctx, CheckOptions{ReadData: true}); err == nil || !strings.Contains(err.Error(), "tier far") {
 			t.Errorf("%s: check: %v", what, err)
 		}
-		if n := len(r.current().bad); n > 0 {
+		if n := len(r.current().Bad); n > 0 {
 			t.Errorf("%s: %d items are distrusted", what, n)
 		}
 		if infos, err := r.TierInfos(ctx); err != nil || len(infos) != 1 || infos[0].Problem == "" {
