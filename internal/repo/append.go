@@ -7,11 +7,12 @@ import (
 	"fmt"
 	"slices"
 
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
 // current is the state as last refreshed.
-func (r *Repo) current() *state {
+func (r *Repo) current() *chain.State {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return r.state
@@ -20,7 +21,7 @@ func (r *Repo) current() *state {
 // append creates the next entry of the chain. allowed sees the state that the
 // entry will follow, each time that another writer was faster. When append
 // returns nil the entry is durable and refreshed into the state.
-func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, allowed func(*state) error) error {
+func (r *Repo) append(ctx context.Context, k chain.Kind, c chain.Clear, e chain.Sealed, allowed func(*chain.State) error) error {
 	content, err := json.Marshal(e)
 	if err != nil {
 		return err
@@ -30,7 +31,7 @@ func (r *Repo) append(ctx context.Context, k kind, c entryClear, e entrySealed, 
 
 // appendContent is append for a sealed part as it is; point is what it
 // commits, if it does.
-func (r *Repo) appendContent(ctx context.Context, k kind, c entryClear, content []byte, point *Point, allowed func(*state) error) error {
+func (r *Repo) appendContent(ctx context.Context, k chain.Kind, c chain.Clear, content []byte, point *Point, allowed func(*chain.State) error) error {
 	r.refreshing.Lock()
 	defer r.refreshing.Unlock()
 	for {
@@ -117,7 +118,7 @@ func (r *Repo) refreshLocked(ctx context.Context) (anew bool, err error) {
 // anew with a checkpoint between them: packs that are gone are in the quarantine
 // no more then, so that nothing of them may be found; and when lost index objects
 // were replaced: what those alone knew of is not there any more.
-func (r *Repo) takeIndexes(ctx context.Context, old, s *state) error {
+func (r *Repo) takeIndexes(ctx context.Context, old, s *chain.State) error {
 	if s.Checkpoint == old.Checkpoint && s.Mended == old.Mended {
 		return r.readIndexes(ctx, s, r.index)
 	}

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -90,7 +91,7 @@ func TestObjectRot(t *testing.T) {
 				s.Damage(name, change)
 			} else if strings.HasPrefix(name, "pins/") || strings.HasPrefix(name, "leases/") || name == w.slot || name == w.oldRing {
 				continue // that is how they end
-			} else if name == entryName(w.head) {
+			} else if name == chain.Name(w.head) {
 				continue // a store that was rolled back: who has seen the entry knows (TestChain)
 			} else if err := s.Delete(ctx, name); err != nil {
 				t.Fatal(err)
@@ -279,7 +280,7 @@ func (b *bitRot) chain(was []byte) {
 	report := b.check(r)
 	there, err := r.Points(ctx)
 	want := len(b.points) - 1
-	if b.name == entryName(2) {
+	if b.name == chain.Name(2) {
 		want++ // it tells of keys
 	}
 	if err != nil || len(report.Problems) == 0 || len(there) != want {

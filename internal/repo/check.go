@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -126,7 +127,7 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 }
 
 func newChecker(r *Repo, o CheckOptions) *checker {
-	return &checker{r: r, o: o, report: CheckReport{Undeleted: o.Undeleted}, packs: map[[32]byte]packInfo{}, bad: map[badKey]bool{}, lost: map[tree.ID]int64{}}
+	return &checker{r: r, o: o, report: CheckReport{Undeleted: o.Undeleted}, packs: map[[32]byte]packInfo{}, bad: map[chain.Copy]bool{}, lost: map[tree.ID]int64{}}
 }
 
 type packInfo struct {
@@ -143,7 +144,7 @@ type checker struct {
 	moved uint64            // state.moved at the start
 
 	mu     sync.Mutex // guards what follows
-	bad    map[badKey]bool
+	bad    map[chain.Copy]bool
 	worn   []wornPack
 	report CheckReport
 }
@@ -330,7 +331,7 @@ func (c *checker) badPack(ctx context.Context, name [32]byte, info packInfo, wha
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for id := range w.bad {
-		c.bad[badKey{name, id}] = true
+		c.bad[chain.Copy{Pack: name, ID: id}] = true
 	}
 	c.worn = append(c.worn, w)
 	return nil
@@ -442,7 +443,7 @@ func (c *checker) readable(id pack.ID) (bool, error) {
 		return false, err
 	}
 	for _, p := range places {
-		if _, listed := c.packs[p.Pack]; listed && !c.bad[badKey{p.Pack, id}] {
+		if _, listed := c.packs[p.Pack]; listed && !c.bad[chain.Copy{Pack: p.Pack, ID: id}] {
 			return true, nil
 		}
 	}
@@ -454,22 +455,22 @@ const distrustItems = 1 << 16
 
 // distrust records the damaged copies that the chain does not know yet.
 func (c *checker) distrust(ctx context.Context) error {
-	var items []badItem
+	var items []chain.BadItem
 	known := c.r.current().Bad
 	for k := range c.bad {
 		if !known[k] {
-			items = append(items, badItem{k.Pack[:], k.ID[:]})
+			items = append(items, chain.BadItem{Pack: k.Pack[:], ID: k.ID[:]})
 		}
 	}
 	c.report.Distrusted = len(items)
 	return c.r.distrust(ctx, items)
 }
 
-func (r *Repo) distrust(ctx context.Context, items []badItem) error {
+func (r *Repo) distrust(ctx context.Context, items []chain.BadItem) error {
 	for len(items) > 0 {
 		n := min(len(items), distrustItems)
-		e := entrySealed{Items: items[:n]}
-		if err := r.append(ctx, kindDistrust, entryClear{}, e, func(*state) error { return nil }); err != nil {
+		e := chain.Sealed{Items: items[:n]}
+		if err := r.append(ctx, chain.Distrust, chain.Clear{}, e, func(*chain.State) error { return nil }); err != nil {
 			return fmt.Errorf("record the damage, so that the next backups mend it: %w", err)
 		}
 		items = items[n:]

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -123,10 +124,10 @@ func (c *checker) lockAgain(ctx context.Context, locker blob.Locker, name string
 // wasLocked reports whether an object was there, and locked, when the newest
 // point was committed. That point's own entry may not be: its writer may have
 // died. Keys may have been made since.
-func wasLocked(s *state, name string) bool {
+func wasLocked(s *chain.State, name string) bool {
 	switch dir, rest, _ := strings.Cut(name, "/"); dir {
 	case "chain":
-		n, ok := entryNumber(name)
+		n, ok := chain.Number(name)
 		return ok && n >= s.Older && n < s.Locks.Commit
 	case "index":
 		d, err := seal.ParseDigest(rest)

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 
 	"holdfast/internal/disk"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -153,7 +154,7 @@ func (run *Run) CommitCopy(ctx context.Context, p *Point) error {
 	if b, err := hex.DecodeString(string(p.ID)); err != nil || len(b) != 16 {
 		return fmt.Errorf("copy restore point %.80q: not an id", p.ID)
 	}
-	return run.commit(ctx, p, func(s *state) error {
+	return run.commit(ctx, p, func(s *chain.State) error {
 		if _, there := s.Points[p.ID]; there {
 			return ErrPointExists
 		}

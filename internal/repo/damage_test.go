@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 )
 
 // An entry taken out of the chain, damaged, or put in the place of another, is
@@ -25,26 +26,26 @@ func TestChain(t *testing.T) {
 		contents[p.ID] = content
 	}
 	for what, c := range map[string]func(*blob.Mem) int{
-		"missing": func(s *blob.Mem) int { s.Delete(ctx, entryName(2)); return 3 },
+		"missing": func(s *blob.Mem) int { s.Delete(ctx, chain.Name(2)); return 3 },
 		"damaged": func(s *blob.Mem) int {
-			s.Damage(entryName(3), func(p []byte) []byte { p[len(p)-70] ^= 1; return p })
+			s.Damage(chain.Name(3), func(p []byte) []byte { p[len(p)-70] ^= 1; return p })
 			return 3
 		},
 		"newest damaged": func(s *blob.Mem) int {
-			s.Damage(entryName(4), func(p []byte) []byte { return p[:len(p)-1] })
+			s.Damage(chain.Name(4), func(p []byte) []byte { return p[:len(p)-1] })
 			return 3
 		},
 		"exchanged": func(s *blob.Mem) int {
-			p, _ := s.Get(ctx, entryName(3), 0, -1)
-			s.Damage(entryName(2), func([]byte) []byte { return p })
+			p, _ := s.Get(ctx, chain.Name(3), 0, -1)
+			s.Damage(chain.Name(2), func([]byte) []byte { return p })
 			return 3
 		},
 		"renumbered": func(s *blob.Mem) int {
 			for n := uint64(2); n < 4; n++ {
-				p, _ := s.Get(ctx, entryName(n+1), 0, -1)
-				s.Damage(entryName(n), func([]byte) []byte { return p })
+				p, _ := s.Get(ctx, chain.Name(n+1), 0, -1)
+				s.Damage(chain.Name(n), func([]byte) []byte { return p })
 			}
-			s.Delete(ctx, entryName(4))
+			s.Delete(ctx, chain.Name(4))
 			return 1
 		},
 	} {
@@ -76,7 +77,7 @@ func TestChain(t *testing.T) {
 	} else {
 		r.Close()
 	}
-	store.Delete(ctx, entryName(4))
+	store.Delete(ctx, chain.Name(4))
 	if _, err := Open(ctx, store, secret, Options{Cache: cache}); !errors.Is(err, ErrRolledBack) {
 		t.Errorf("rolled back: %v", err)
 	}

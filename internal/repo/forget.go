@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"holdfast/internal/repo/internal/chain"
 )
 
 // UntilTime marks to stay until t.
@@ -24,7 +26,7 @@ var errNothing = errors.New("nothing to do")
 // forgotten.
 func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
 	ids = slices.Compact(slices.Sorted(slices.Values(ids)))
-	allowed := func(s *state) error {
+	allowed := func(s *chain.State) error {
 		left := 0
 		for _, id := range ids {
 			_, live := s.Points[id]
@@ -43,7 +45,7 @@ func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
 		}
 		return nil
 	}
-	err := r.append(ctx, kindForget, entryClear{}, entrySealed{Points: ids}, allowed)
+	err := r.append(ctx, chain.Forget, chain.Clear{}, chain.Sealed{Points: ids}, allowed)
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("forget: %w", err)
 	}
@@ -56,7 +58,7 @@ func (r *Repo) Keep(ctx context.Context, ids []PointID, until Until) error {
 	if _, err := time.Parse(time.RFC3339, string(until)); err != nil && until != "" && until != Forever {
 		return fmt.Errorf("keep: %q is neither a time nor %q", until, Forever)
 	}
-	allowed := func(s *state) error {
+	allowed := func(s *chain.State) error {
 		same := true
 		for _, id := range ids {
 			if _, ok := s.Points[id]; !ok {
@@ -69,7 +71,7 @@ func (r *Repo) Keep(ctx context.Context, ids []PointID, until Until) error {
 		}
 		return nil
 	}
-	err := r.append(ctx, kindKeep, entryClear{}, entrySealed{Points: ids, Until: &until}, allowed)
+	err := r.append(ctx, chain.Keep, chain.Clear{}, chain.Sealed{Points: ids, Until: &until}, allowed)
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("keep: %w", err)
 	}

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -86,7 +87,7 @@ func (r *Repo) Packs(ctx context.Context, f func(PackInfo) error) error {
 	})
 }
 
-func (r *Repo) eachIndex(ctx context.Context, s *state, f func([32]byte, []index.Pack) error) error {
+func (r *Repo) eachIndex(ctx context.Context, s *chain.State, f func([32]byte, []index.Pack) error) error {
 	names := slices.SortedFunc(maps.Keys(s.Indexes), func(a, b [32]byte) int { return slices.Compare(a[:], b[:]) })
 	for _, d := range names {
 		packs, err := r.readIndex(ctx, d)
@@ -146,7 +147,7 @@ func (r *Repo) Stats(ctx context.Context) (*Stats, error) {
 func ratio(a, b int64) float64 { return math.Round(100*float64(a)/float64(b)) / 100 }
 
 // countUsed goes through the points' maps, equal subtrees once.
-func (r *Repo) countUsed(ctx context.Context, s *state, st *Stats) error {
+func (r *Repo) countUsed(ctx context.Context, s *chain.State, st *Stats) error {
 	chunks := map[tree.ID]int64{}
 	histories := map[HistoryID]bool{}
 	disk := func(size int64, root Root) error {
@@ -322,7 +323,7 @@ func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secr
 		return err
 	}
 	if o.Magic == seal.Entry {
-		o.Meaning = kind(o.Kind).String()
+		o.Meaning = chain.Kind(o.Kind).String()
 	}
 	if o.Magic == seal.Index {
 		packs, err := openIndex(raw.Clear, content)

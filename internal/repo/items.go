@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -86,7 +87,7 @@ func (r *Repo) places(id pack.ID) ([]index.Place, error) {
 	var last []index.Place
 	for _, p := range all {
 		switch {
-		case s.Bad[badKey{p.Pack, id}]:
+		case s.Bad[chain.Copy{Pack: p.Pack, ID: id}]:
 		case s.Quarantine[p.Pack] != 0:
 			last = append(last, p)
 		default:

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -218,14 +219,14 @@ func generationOf(o keyObject) int {
 func belongs(ctx context.Context, s blob.Store, id [16]byte) error {
 	p, err := s.Get(ctx, configName, 0, seal.HeaderLen)
 	if errors.Is(err, blob.ErrNotExist) {
-		n, err := lastEntry(ctx, s)
+		n, err := chain.Last(ctx, s)
 		if err != nil {
 			return err
 		}
 		if n == 0 {
 			return fmt.Errorf("%w: neither its config nor any commit is there", ErrNotRepository)
 		}
-		p, err = s.Get(ctx, entryName(n), 0, seal.HeaderLen)
+		p, err = s.Get(ctx, chain.Name(n), 0, seal.HeaderLen)
 		if err != nil {
 			return err
 		}

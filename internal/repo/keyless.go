@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -38,7 +39,7 @@ func CheckKeyless(ctx context.Context, s blob.Store, cache string, o CheckOption
 			return &k.report, nil
 		}
 		// What is missing may have been replaced beside this check.
-		if _, err := s.Get(ctx, entryName(k.report.Entries+1), 0, 1); err != nil {
+		if _, err := s.Get(ctx, chain.Name(k.report.Entries+1), 0, 1); err != nil {
 			return &k.report, nil
 		}
 	}
@@ -91,7 +92,7 @@ func (k *keyless) problem(object, what string) {
 
 // chain follows the entries, which give the live index objects.
 func (k *keyless) chain(ctx context.Context) error {
-	c := Chain{Store: k.store, Repo: k.id, Verify: k.pub, Config: k.config}
+	c := chain.Chain{Store: k.store, Repo: k.id, Verify: k.pub, Config: k.config}
 	o, err := c.Outline(ctx)
 	if err != nil {
 		return err

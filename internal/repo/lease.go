@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -38,7 +39,7 @@ func splitName(name string) (session, rest string, more bool) {
 
 // leases lists the leases that are open: there, and neither committed nor
 // revoked in s, which may be older than the listing.
-func (r *Repo) leases(ctx context.Context, s *state) (map[string]Lease, error) {
+func (r *Repo) leases(ctx context.Context, s *chain.State) (map[string]Lease, error) {
 	names, err := blob.Names(ctx, r.store, "leases/")
 	if err != nil {
 		return nil, err
@@ -146,7 +147,7 @@ func (r *Repo) watch(ctx context.Context, leases map[string]Lease, limit time.Du
 
 // revoke ends a dead run's lease, unless it has ended by itself.
 func (r *Repo) revoke(ctx context.Context, session string) error {
-	err := r.append(ctx, kindRevoke, entryClear{Lease: session}, entrySealed{}, func(s *state) error {
+	err := r.append(ctx, chain.Revoke, chain.Clear{Lease: session}, chain.Sealed{}, func(s *chain.State) error {
 		if s.Over[session] != 0 {
 			return errNothing
 		}

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -169,7 +170,7 @@ func TestLesson13Forged(t *testing.T) {
 	for range r.current().Head - attacker.current().Head + 1 { // so that it has an entry of the number that comes next
 		mustSave(t, attacker, "a", random(3, 3))
 	}
-	next := entryName(r.current().Head + 1)
+	next := chain.Name(r.current().Head + 1)
 	get := func(s *blob.Mem, name string) []byte {
 		b, err := s.Get(ctx, name, 0, -1)
 		if err != nil {
@@ -188,8 +189,8 @@ func TestLesson13Forged(t *testing.T) {
 	for what, forged := range map[string][]byte{
 		"another repository's entry":               get(foreign, next),
 		"another repository's entry as one's own":  as(get(foreign, next)),
-		"an old entry once more":                   get(store, entryName(1)),
-		"an entry with one bit of its point other": flipped(get(store, entryName(r.current().Head))),
+		"an old entry once more":                   get(store, chain.Name(1)),
+		"an entry with one bit of its point other": flipped(get(store, chain.Name(r.current().Head))),
 	} {
 		s := store.Clone()
 		if err := s.Put(ctx, next, forged); err != nil {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 )
 
 const (
@@ -33,7 +34,7 @@ func wantedLock(rule Immutability, now time.Time) blob.Lock {
 
 // rootKey is under what the lock cache has a whole map: all its items have a
 // good copy that is locked. Distrust may take that copy, and nothing else does.
-func rootKey(s *state, r Root) string {
+func rootKey(s *chain.State, r Root) string {
 	return "map " + string(r) + " " + strconv.FormatUint(s.Locks.Distrusted, 10)
 }
 
@@ -79,7 +80,7 @@ func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(
 	} else if err := TryLocks(ctx, r.store, rule.Mode); err != nil {
 		return fmt.Errorf("nothing was changed: %w", err)
 	}
-	allowed := func(s *state) error {
+	allowed := func(s *chain.State) error {
 		switch {
 		case rule.Days > 0 && blob.ParseLockMode(s.Locks.Mode) == blob.Governance && blob.ParseLockMode(rule.Mode) == blob.Compliance:
 			return ErrLockMode
@@ -88,7 +89,7 @@ func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(
 		}
 		return nil
 	}
-	err := r.append(ctx, kindLocks, entryClear{Locks: &rule}, entrySealed{}, allowed)
+	err := r.append(ctx, chain.Locks, chain.Clear{Locks: &rule}, chain.Sealed{}, allowed)
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("immutability: %w", err)
 	}
@@ -112,7 +113,7 @@ func later(a, b time.Time) time.Time {
 
 // keptUntil is until when a mark wants a point's locks to hold; zero for not
 // at all.
-func keptUntil(s *state, id PointID, now time.Time) time.Time {
+func keptUntil(s *chain.State, id PointID, now time.Time) time.Time {
 	mark := s.Keep[id]
 	if s.Locks.Days == 0 || !mark.Holds(now) {
 		return time.Time{}
@@ -129,7 +130,7 @@ func keptUntil(s *state, id PointID, now time.Time) time.Time {
 
 // promised is until when the rule wants a point to be locked; zero when that
 // is over.
-func promised(s *state, p *Point, now time.Time) time.Time {
+func promised(s *chain.State, p *Point, now time.Time) time.Time {
 	t := p.Time.Add(time.Duration(s.Locks.Days) * day)
 	if s.Locks.Days == 0 || !t.After(now) || p.Time.After(now.Add(lockMargin)) {
 		return time.Time{}
@@ -139,7 +140,7 @@ func promised(s *state, p *Point, now time.Time) time.Time {
 
 // protect locks what living points need until the times that until gives; zero
 // for a point that is left out.
-func (r *Repo) protect(ctx context.Context, s *state, until func(*Point) time.Time, report func(done, total int64)) error {
+func (r *Repo) protect(ctx context.Context, s *chain.State, until func(*Point) time.Time, report func(done, total int64)) error {
 	if s.Locks.Days == 0 {
 		return nil
 	}
@@ -152,7 +153,7 @@ func (r *Repo) protect(ctx context.Context, s *state, until func(*Point) time.Ti
 
 // needsOf gives what living points need, and until when it is to be locked:
 // the latest of what until says for the points.
-func (r *Repo) needsOf(ctx context.Context, s *state, until func(*Point) time.Time) (map[string]time.Time, error) {
+func (r *Repo) needsOf(ctx context.Context, s *chain.State, until func(*Point) time.Time) (map[string]time.Time, error) {
 	type claim struct {
 		p     Point
 		until time.Time
@@ -190,13 +191,13 @@ func (r *Repo) needsOf(ctx context.Context, s *state, until func(*Point) time.Ti
 }
 
 // common lists what every point needs besides packs.
-func (r *Repo) common(ctx context.Context, s *state) ([]string, error) {
+func (r *Repo) common(ctx context.Context, s *chain.State) ([]string, error) {
 	names, err := r.keyNames(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for n := max(1, s.Older); n <= s.Head; n++ {
-		names = append(names, entryName(n))
+		names = append(names, chain.Name(n))
 	}
 	for d := range s.Indexes {
 		names = append(names, indexName(d))
@@ -280,5 +281,5 @@ func (r *Repo) lockEntry(ctx context.Context, n uint64) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	_ = r.lock(ctx, []string{entryName(n)}, wantedLock(s.Locks.Immutability, r.now()))
+	_ = r.lock(ctx, []string{chain.Name(n)}, wantedLock(s.Locks.Immutability, r.now()))
 }

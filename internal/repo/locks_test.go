@@ -14,6 +14,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
@@ -104,7 +105,7 @@ func unprotected(store *blobtest.Locking, r *Repo, p *Point, entry uint64, until
 	}
 	want(locked(configName, any), configName)
 	for n := uint64(1); n < entry; n++ {
-		want(locked(entryName(n), any), entryName(n))
+		want(locked(chain.Name(n), any), chain.Name(n))
 	}
 	for d := range r.current().Indexes {
 		if r.current().Added[d].Entry <= entry {
@@ -124,7 +125,7 @@ func commits(t *testing.T, r *Repo) map[PointID]uint64 {
 	t.Helper()
 	entries := map[PointID]uint64{}
 	for n := uint64(1); n <= r.current().Head; n++ {
-		o, err := r.Object(ctx, entryName(n), false)
+		o, err := r.Object(ctx, chain.Name(n), false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -287,7 +288,7 @@ func TestLockRefused(t *testing.T) {
 	}
 	store.ForgetLocks = false
 	mustSave(t, r, "a", random(1, 3))
-	if err := r.SetImmutable(ctx, Immutability{30, "compliance"}, nil); !errors.Is(err, ErrLockMode) {
+	if err := r.SetImmutable(ctx, Immutability{Days: 30, Mode: "compliance"}, nil); !errors.Is(err, ErrLockMode) {
 		t.Errorf("compliance: %v", err)
 	}
 	if err := r.SetImmutable(ctx, Immutability{}, nil); err != nil {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -37,10 +38,10 @@ type marker struct {
 	r     *Repo
 	own   string // the pruner's lease; "" in a dry run
 	there map[[32]byte]int64
-	old   *state // before there was listed
+	old   *chain.State // before there was listed
 
 	// As of state:
-	state  *state
+	state  *chain.State
 	before map[string]Lease // open, listed before state was read; without the own
 	after  map[string]Lease // listed after that
 	packs  map[[32]byte]*packMark
@@ -85,7 +86,7 @@ type packMark struct {
 	kind    uint16
 	items   int
 	indexes [][32]byte // that list it; hardly ever more than one
-	added   adding
+	added   chain.Adding
 	missing bool // not in the store, which a check has recorded
 	stuck   bool // holds what cannot be read and has no other copy
 
@@ -140,13 +141,13 @@ func (m *marker) catchUp(ctx context.Context) error {
 
 // readIndex reads an index object that is live in s. It fails with errMoved
 // when that is gone because another prune has replaced it since.
-func (m *marker) readIndex(ctx context.Context, s *state, d [32]byte) ([]index.Pack, error) {
+func (m *marker) readIndex(ctx context.Context, s *chain.State, d [32]byte) ([]index.Pack, error) {
 	packs, err := m.r.readIndex(ctx, d)
 	return packs, m.gone(ctx, s, err)
 }
 
 // gone is what it means that an index object which is live in s could not be read.
-func (m *marker) gone(ctx context.Context, s *state, err error) error {
+func (m *marker) gone(ctx context.Context, s *chain.State, err error) error {
 	if !errors.Is(err, ErrDamaged) {
 		return err
 	}
@@ -217,7 +218,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 
 // open lists open leases but the own, which must be listed: else the listing
 // is not complete.
-func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
+func (m *marker) open(ctx context.Context, s *chain.State) (map[string]Lease, error) {
 	open, err := m.r.leases(ctx, s)
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
@@ -254,7 +255,7 @@ func (m *marker) adopt(ctx context.Context) error {
 
 // inventory reads the index objects that are new, forgets those that are no
 // more, and compares the packs that they list with the store's listing.
-func (m *marker) inventory(ctx context.Context, s *state) error {
+func (m *marker) inventory(ctx context.Context, s *chain.State) error {
 	var unread [][32]byte
 	for d := range s.Indexes {
 		if !m.read[d] {
@@ -298,7 +299,7 @@ func (m *marker) inventory(ctx context.Context, s *state) error {
 
 // pack notes a pack of the inventory. One that was in the inventory before
 // the store was listed must have been listed.
-func (m *marker) pack(ctx context.Context, s *state, d [32]byte, k *index.Pack) error {
+func (m *marker) pack(ctx context.Context, s *chain.State, d [32]byte, k *index.Pack) error {
 	if have := m.packs[k.Name]; have != nil {
 		have.indexes = append(have.indexes, d)
 		return nil
@@ -320,7 +321,7 @@ func (m *marker) pack(ctx context.Context, s *state, d [32]byte, k *index.Pack) 
 	}
 	bad := 0
 	for _, it := range k.Items {
-		if s.Bad[badKey{k.Name, it.ID}] {
+		if s.Bad[chain.Copy{Pack: k.Name, ID: it.ID}] {
 			bad++
 		}
 	}
@@ -529,7 +530,7 @@ func (m *marker) rank(p *index.Place, id pack.ID) int {
 	switch {
 	case k == nil || k.missing || int(p.Number) >= k.items:
 		return 0
-	case m.state.Bad[badKey{p.Pack, id}]:
+	case m.state.Bad[chain.Copy{Pack: p.Pack, ID: id}]:
 		return rankBad
 	case m.state.Quarantine[p.Pack] != 0:
 		return rankQuarantine
@@ -549,7 +550,7 @@ func (m *marker) newer(a, b *index.Place) bool {
 
 // readPins walks the points that are forgotten and pinned. It lists the pins after
 // the chain was read: who pins a point looks for it in the chain after.
-func (m *marker) readPins(ctx context.Context, s *state) error {
+func (m *marker) readPins(ctx context.Context, s *chain.State) error {
 	names, err := blob.Names(ctx, m.r.store, "pins/")
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -27,7 +28,7 @@ func (r *Repo) Damage() []string {
 // readIndexes takes the index objects that the cache x does not have into it. One that
 // is lost is made up for from the packs themselves, in the cache alone; the
 // next run stores the result in its place.
-func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error {
+func (r *Repo) readIndexes(ctx context.Context, s *chain.State, x *index.Index) error {
 	lost, drop, err := r.fillIndex(ctx, s, x)
 	if err != nil {
 		return err
@@ -41,7 +42,7 @@ func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error 
 	if done {
 		return nil
 	}
-	if _, err := r.store.Get(ctx, entryName(s.Head+1), 0, -1); err == nil {
+	if _, err := r.store.Get(ctx, chain.Name(s.Head+1), 0, -1); err == nil {
 		return errMoved
 	}
 	if _, err := r.makeUp(ctx, s, drop, x); err != nil {
@@ -62,7 +63,7 @@ const (
 
 // fillIndex takes the index objects that x does not have into it, all in one
 // step, and tells which are lost, and why.
-func (r *Repo) fillIndex(ctx context.Context, s *state, x *index.Index) (why []string, lost map[[32]byte]bool, err error) {
+func (r *Repo) fillIndex(ctx context.Context, s *chain.State, x *index.Index) (why []string, lost map[[32]byte]bool, err error) {
 	lost = map[[32]byte]bool{}
 	var missing [][32]byte
 	for d := range s.Indexes {
@@ -129,7 +130,7 @@ func (r *Repo) readMany(ctx context.Context, list [][32]byte, f func(d [32]byte,
 
 // makeUp takes into the cache what the packs that no sound index object lists
 // hold, and keeps it for mend.
-func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool, x *index.Index) ([]index.Pack, error) {
+func (r *Repo) makeUp(ctx context.Context, s *chain.State, lost map[[32]byte]bool, x *index.Index) ([]index.Pack, error) {
 	found, err := r.scan(ctx, s, lost)
 	if err != nil {
 		return nil, err
@@ -144,7 +145,7 @@ func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool, x *
 }
 
 // scan reads the directories of all packs that no index object lists.
-func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]index.Pack, error) {
+func (r *Repo) scan(ctx context.Context, s *chain.State, lost map[[32]byte]bool) ([]index.Pack, error) {
 	listed := map[string]bool{}
 	for d := range s.Indexes {
 		if lost[d] {
@@ -212,7 +213,7 @@ func (r *Repo) mend(ctx context.Context) error {
 	if len(drop) == 0 {
 		return nil
 	}
-	var c entryClear
+	var c chain.Clear
 	for d := range drop {
 		c.Drops = append(c.Drops, seal.Hex(d[:]))
 	}
@@ -225,7 +226,7 @@ func (r *Repo) mend(ctx context.Context) error {
 		c.Adds = append(c.Adds, d[:])
 		found = found[n:]
 	}
-	if err := r.append(ctx, kindAdd, c, entrySealed{}, func(*state) error { return nil }); err != nil {
+	if err := r.append(ctx, chain.Add, c, chain.Sealed{}, func(*chain.State) error { return nil }); err != nil {
 		return fmt.Errorf("mend the index: %w", err)
 	}
 	r.mu.Lock()

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -20,7 +21,7 @@ const mirroring = 8
 
 // mirror brings a tier's mirror up to date, and gives the state that it then
 // holds, or a later one. It may run beside others, and be cut off anywhere.
-func (r *Repo) mirror(ctx context.Context, tier string) (*state, error) {
+func (r *Repo) mirror(ctx context.Context, tier string) (*chain.State, error) {
 	for {
 		s, err := r.tryMirror(ctx, tier)
 		if errors.Is(err, errMoved) {
@@ -33,7 +34,7 @@ func (r *Repo) mirror(ctx context.Context, tier string) (*state, error) {
 }
 
 // tryMirror fails with errMoved when something was deleted that it was to copy.
-func (r *Repo) tryMirror(ctx context.Context, tier string) (*state, error) {
+func (r *Repo) tryMirror(ctx context.Context, tier string) (*chain.State, error) {
 	// Listed before the chain is read: what is there and not in the inventory
 	// then was dropped from it, and is not yet to come.
 	far, err := r.tierStore(ctx, tier)
@@ -69,7 +70,7 @@ func (r *Repo) tryMirror(ctx context.Context, tier string) (*state, error) {
 type mirrorer struct {
 	r     *Repo
 	far   blob.Store
-	s     *state
+	s     *chain.State
 	there map[string]bool // what the mirror has
 	keep  map[string]bool // key slots and keyrings that are to stay
 }
@@ -175,7 +176,7 @@ func (m *mirrorer) chain(ctx context.Context) error {
 		g.SetLimit(mirroring)
 	}
 	for _, name := range names {
-		if name > entryName(m.s.Head) {
+		if name > chain.Name(m.s.Head) {
 			break
 		}
 		g.Go(func() error {
@@ -183,7 +184,7 @@ func (m *mirrorer) chain(ctx context.Context) error {
 				raw, err := seal.Parse(p, seal.Entry)
 				return err == nil && raw.Verify(m.r.id, m.r.pub) == nil
 			})
-			if errors.Is(err, blob.ErrNotExist) && name < entryName(m.s.Older) {
+			if errors.Is(err, blob.ErrNotExist) && name < chain.Name(m.s.Older) {
 				return nil // a prune has just deleted it, and nobody has to read it
 			}
 			return err

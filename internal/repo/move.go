@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 )
 
@@ -285,7 +286,7 @@ func (m *carrier) list(ctx context.Context) (err error) {
 
 // toGo chooses what goes to the tier: map packs, and chunk packs by age, the
 // oldest first.
-func (m *carrier) toGo(ctx context.Context, s *state) (nodes, chunks []task, err error) {
+func (m *carrier) toGo(ctx context.Context, s *chain.State) (nodes, chunks []task, err error) {
 	if err := m.list(ctx); err != nil {
 		return nil, nil, err
 	}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
@@ -154,7 +155,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.deriveIDs()
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
-	r.chain = &Chain{Store: tiers, Repo: id, Verify: r.pub, Config: sha256.Sum256(p), Made: c.Created,
+	r.chain = &chain.Chain{Store: tiers, Repo: id, Verify: r.pub, Config: sha256.Sum256(p), Made: c.Created,
 		Master: r.master, Newest: r.ring.Newest, Sign: r.sign, Memory: filepath.Join(r.cache, "head")}
 	r.state = r.chain.Genesis()
 	if r.state, err = r.chain.Read(ctx); errors.Is(err, ErrRolledBack) {
@@ -183,7 +184,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 }
 
 // openIndex opens the cache as far as it fits s.
-func (r *Repo) openIndex(s *state) (*index.Index, error) {
+func (r *Repo) openIndex(s *chain.State) (*index.Index, error) {
 	return index.Open(filepath.Join(r.cache, "index"), func(d [32]byte) bool { return s.Indexes[d] })
 }
 

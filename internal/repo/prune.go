@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -427,12 +428,12 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 			all, left = all[:quarantineMax], nil
 			packs = all
 		}
-		e := entrySealed{Packs: make([]string, len(all))}
+		e := chain.Sealed{Packs: make([]string, len(all))}
 		for i, name := range all {
 			e.Packs[i] = hex.EncodeToString(name[:])
 		}
 		p.run.announcing.Lock()
-		err = p.r.append(ctx, kindQuarantine, p.run.entry(), e, p.unmoved)
+		err = p.r.append(ctx, chain.Quarantine, p.run.entry(), e, p.unmoved)
 		if err == nil {
 			p.run.settle()
 		}
@@ -448,7 +449,7 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 }
 
 // unmoved allows an entry only right behind the state that was looked at.
-func (p *pruner) unmoved(s *state) error {
+func (p *pruner) unmoved(s *chain.State) error {
 	if err := p.run.mayAnnounce(s); err != nil {
 		return err
 	}

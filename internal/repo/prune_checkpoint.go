@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -62,12 +63,12 @@ func (p *pruner) writeCheckpoint(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return p.r.appendContent(ctx, kindCheckpoint, clear, content, nil, p.unmoved)
+	return p.r.appendContent(ctx, chain.Checkpoint, clear, content, nil, p.unmoved)
 }
 
 // abridged is the state that was marked, without what can matter to nobody any
 // more.
-func (p *pruner) abridged(ctx context.Context) (*state, error) {
+func (p *pruner) abridged(ctx context.Context) (*chain.State, error) {
 	names, err := blob.Names(ctx, p.r.store, "leases/")
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
@@ -77,7 +78,7 @@ func (p *pruner) abridged(ctx context.Context) (*state, error) {
 		session, _, _ := splitName(name)
 		left[session] = true
 	}
-	return p.m.state.Abridged(Needless{
+	return p.m.state.Abridged(chain.Needless{
 		Lease: func(session string) bool { return !left[session] },
 		Pack: func(name [32]byte) bool {
 			_, listed := p.m.there[name]
@@ -94,7 +95,7 @@ func (p *pruner) abridged(ctx context.Context) (*state, error) {
 func (p *pruner) dropEntries(ctx context.Context, written bool) error {
 	for {
 		s := p.r.current()
-		numbers, err := entryNumbers(ctx, p.r.store)
+		numbers, err := chain.Numbers(ctx, p.r.store)
 		if err != nil {
 			return err
 		}
@@ -115,7 +116,7 @@ func (p *pruner) dropEntries(ctx context.Context, written bool) error {
 // proveChain reads the entries from the chain's start on from the store, and
 // compares the state that they give with s. It fails with errMoved when
 // another prune has made the chain begin elsewhere since.
-func (r *Repo) proveChain(ctx context.Context, s *state, numbers []uint64) error {
+func (r *Repo) proveChain(ctx context.Context, s *chain.State, numbers []uint64) error {
 	err := r.chain.Prove(ctx, s, numbers)
 	if err == nil {
 		return nil
@@ -134,7 +135,7 @@ func (r *Repo) proveChain(ctx context.Context, s *state, numbers []uint64) error
 // prune.
 func (p *pruner) deleteEntries(ctx context.Context, numbers []uint64) error {
 	for i, n := range numbers {
-		err := p.r.store.Delete(ctx, entryName(n))
+		err := p.r.store.Delete(ctx, chain.Name(n))
 		switch {
 		case errors.Is(err, blob.ErrLocked):
 			return nil

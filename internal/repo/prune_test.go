@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -451,7 +452,7 @@ func TestPruneRefuses(t *testing.T) {
 		"no lease listed": func(s *blob.Mem) blob.Store {
 			return partial{s, func(name string) bool { return strings.HasPrefix(name, "leases/") }}
 		},
-		"entry missing": func(s *blob.Mem) blob.Store { s.Delete(ctx, entryName(2)); return s },
+		"entry missing": func(s *blob.Mem) blob.Store { s.Delete(ctx, chain.Name(2)); return s },
 		"map missing":   func(s *blob.Mem) blob.Store { s.Delete(ctx, node); return s },
 		"map damaged": func(s *blob.Mem) blob.Store {
 			s.Damage(node, func(p []byte) []byte {

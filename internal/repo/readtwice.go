@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 )
@@ -87,7 +88,7 @@ func (c *checker) packProblems() {
 		mended := true
 		for _, it := range w.items {
 			ok, err := c.readable(it.ID)
-			mended = mended && known[badKey{w.name, it.ID}] && ok && err == nil
+			mended = mended && known[chain.Copy{Pack: w.name, ID: it.ID}] && ok && err == nil
 		}
 		if mended {
 			c.report.Mended++

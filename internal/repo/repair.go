@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -431,7 +432,7 @@ func (f *refill) again(ctx context.Context, id pack.ID, content []byte) error {
 
 // give gives up what damaged packs hold and others do as well.
 func (f *refill) give(ctx context.Context, worn []wornPack) error {
-	var items []badItem
+	var items []chain.BadItem
 	known := f.r.current().Bad
 	for _, w := range worn {
 		for _, it := range w.items {
@@ -439,8 +440,8 @@ func (f *refill) give(ctx context.Context, worn []wornPack) error {
 			if err != nil {
 				return err
 			}
-			if elsewhere && !known[badKey{w.name, it.ID}] {
-				items = append(items, badItem{w.name[:], it.ID[:]})
+			if elsewhere && !known[chain.Copy{Pack: w.name, ID: it.ID}] {
+				items = append(items, chain.BadItem{Pack: w.name[:], ID: it.ID[:]})
 			}
 		}
 	}

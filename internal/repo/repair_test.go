@@ -13,6 +13,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 )
 
@@ -412,7 +413,7 @@ func TestKeyless(t *testing.T) {
 		}
 		s := store.Clone()
 		s.Delete(ctx, name)
-		last := name == entryName(3) // the end cut off cannot be seen from the store alone
+		last := name == chain.Name(3) // the end cut off cannot be seen from the store alone
 		if report := keyless(s); (len(report.Problems) > 0) == last {
 			t.Errorf("without %s: %+v", name, report)
 		}

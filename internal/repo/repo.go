@@ -14,11 +14,38 @@ import (
 	"github.com/zeebo/blake3"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
+)
+
+// What the chain tells of: internal/chain has the members.
+type (
+	// Point is a restore point: one VM at one time, always complete.
+	Point = chain.Point
+	// PointID and HistoryID are 32 lower-case hex digits, random.
+	PointID   = chain.PointID
+	HistoryID = chain.HistoryID
+	Disk      = chain.Disk // of a Point
+	File      = chain.File // a piece of configuration of a Point
+	// Root names a disk's map, in the form of docs/format.md §4.
+	Root = chain.Root
+	// Until says how long a point is marked to stay.
+	Until = chain.Until
+	// Tier is a store beside the repository's own one.
+	Tier = chain.Tier
+	// Immutability is the repository's rule on locks.
+	Immutability = chain.Immutability
+)
+
+const (
+	// Forever is until the mark is taken off.
+	Forever = chain.Forever
+	// MaxImmutableDays bounds Immutability.Days.
+	MaxImmutableDays = chain.MaxImmutableDays
 )
 
 var (
@@ -35,6 +62,11 @@ var (
 	// ErrKeys: the keys were changed, and what opened the repository here is
 	// not among the new ones.
 	ErrKeys = errors.New("the repository's keys were changed")
+	// ErrRolledBack: the store does not contain what this machine saw in it.
+	ErrRolledBack = chain.ErrRolledBack
+	// ErrLeftBehind: this process stood still while others went on for so long
+	// that it cannot be told whether what it added counts.
+	ErrLeftBehind = chain.ErrLeftBehind
 )
 
 // ChunkSize is the alignment, in bytes, of writes to a DiskWriter.
@@ -75,7 +107,7 @@ type Repo struct {
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
 	ring  liveRing
-	chain *Chain
+	chain *chain.Chain
 	cache string // directory of this repository's cache
 
 	openTier func(ctx context.Context, location string) (blob.Store, error)
@@ -94,7 +126,7 @@ type Repo struct {
 	ringNames  []string   // the keyrings that were read last; guarded by learning
 
 	mu    sync.RWMutex // guards state and what was found about lost index objects
-	state *state
+	state *chain.State
 
 	lostIndexes []string          // what is wrong with which index object
 	found       []index.Pack      // what packs that no index object lists hold; nil before a scan

@@ -19,6 +19,7 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
 	"holdfast/internal/disk"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -560,7 +561,7 @@ func TestRevoked(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := reopen(t, store)
-	if err := other.append(ctx, kindRevoke, entryClear{Lease: run.lease}, entrySealed{}, func(*state) error { return nil }); err != nil {
+	if err := other.append(ctx, chain.Revoke, chain.Clear{Lease: run.lease}, chain.Sealed{}, func(*chain.State) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := saveIn(run, "a", image(rng(t), 3*ChunkSize), nil, nil); !errors.Is(err, ErrRevoked) {

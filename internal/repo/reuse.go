@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -21,7 +22,7 @@ var errUnverified = errors.New("not verified since copies were taken away")
 // mayCommit refuses once the lease is over, and as long as it is not certain
 // that every item of the point has a copy outside the quarantine, and that all
 // is locked that the rule wants to be.
-func (run *Run) mayCommit(s *state) error {
+func (run *Run) mayCommit(s *chain.State) error {
 	if err := run.rests(s); err != nil {
 		return err
 	}
@@ -33,7 +34,7 @@ func (run *Run) mayCommit(s *state) error {
 // no pack that the run used is in quarantine, and the maps that it built on
 // are those of living points, which no prune touches. Else the point's maps
 // have to be walked.
-func (run *Run) rests(s *state) error {
+func (run *Run) rests(s *chain.State) error {
 	if err := run.mayAnnounce(s); err != nil {
 		return err
 	}
@@ -59,9 +60,9 @@ func (run *Run) rests(s *state) error {
 }
 
 // appendPoint creates the commit entry.
-func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*state) error) error {
+func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*chain.State) error) error {
 	for {
-		err := run.r.append(ctx, kindCommit, run.entry(), entrySealed{Point: p}, allowed)
+		err := run.r.append(ctx, chain.Commit, run.entry(), chain.Sealed{Point: p}, allowed)
 		switch {
 		case errors.Is(err, errUnverified):
 			err = run.verify(ctx, p)
@@ -120,7 +121,7 @@ func (run *Run) verify(ctx context.Context, p *Point) error {
 
 // holds wants an item to be present, or on its way with this run's entry. The
 // point rests on the pack where it was found from then on.
-func (run *Run) holds(s *state, id pack.ID) error {
+func (run *Run) holds(s *chain.State, id pack.ID) error {
 	if id == (pack.ID{}) {
 		return nil
 	}

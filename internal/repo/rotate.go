@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -83,8 +84,8 @@ var errLostRace = fmt.Errorf("%w by somebody else at the same time: nothing was 
 // announceKeys tells other processes. The entry is sealed with the old master
 // key, so that they can read it.
 func (r *Repo) announceKeys(ctx context.Context, number int) error {
-	e := entrySealed{Keyring: ringDigits(number)}
-	if err := r.append(ctx, kindKeys, entryClear{}, e, func(*state) error { return nil }); err != nil {
+	e := chain.Sealed{Keyring: ringDigits(number)}
+	if err := r.append(ctx, chain.Keys, chain.Clear{}, e, func(*chain.State) error { return nil }); err != nil {
 		return fmt.Errorf("the keys are changed, but not recorded: %w", err)
 	}
 	return nil

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -265,15 +266,15 @@ func (run *Run) announce(ctx context.Context) error {
 	if len(run.shelf) == 0 {
 		return nil
 	}
-	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayAnnounce); err != nil {
+	if err := run.r.append(ctx, chain.Add, run.entry(), chain.Sealed{}, run.mayAnnounce); err != nil {
 		return err
 	}
 	run.settle()
 	return nil
 }
 
-func (run *Run) entry() entryClear {
-	c := entryClear{Lease: run.lease}
+func (run *Run) entry() chain.Clear {
+	c := chain.Clear{Lease: run.lease}
 	for _, s := range run.shelf {
 		c.Adds = append(c.Adds, s.digest[:])
 	}
@@ -281,8 +282,8 @@ func (run *Run) entry() entryClear {
 }
 
 // mayAnnounce refuses once the lease is over.
-func (run *Run) mayAnnounce(s *state) error {
-	if s.Over[run.lease] == kindRevoke {
+func (run *Run) mayAnnounce(s *chain.State) error {
+	if s.Over[run.lease] == chain.Revoke {
 		return ErrRevoked
 	}
 	return nil
@@ -350,7 +351,7 @@ func (run *Run) Commit(ctx context.Context, p *Point) error {
 	return run.commit(ctx, p, run.mayCommit)
 }
 
-func (run *Run) commit(ctx context.Context, p *Point, allowed func(*state) error) error {
+func (run *Run) commit(ctx context.Context, p *Point, allowed func(*chain.State) error) error {
 	if err := run.Flush(ctx); err != nil {
 		return err
 	}

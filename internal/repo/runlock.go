@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -38,7 +39,7 @@ func (run *Run) Lock(ctx context.Context, p *Point) error {
 }
 
 // isLocked refuses unless all was locked that a point needs which follows s.
-func (run *Run) isLocked(s *state) error {
+func (run *Run) isLocked(s *chain.State) error {
 	if s.Locks.Days > 0 && (run.locked.head != s.Head || run.locked.rule != s.Locks.Immutability) {
 		return errUnlocked
 	}
@@ -75,7 +76,7 @@ func (run *Run) lock(ctx context.Context, p *Point) error {
 	}
 }
 
-func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
+func (run *Run) lockFor(ctx context.Context, s *chain.State, p *Point) error {
 	r := run.r
 	want := wantedLock(s.Locks.Immutability, r.now())
 	names, err := r.common(ctx, s)
@@ -136,7 +137,7 @@ func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
 // walk finds the packs on which the point rests. Of a map of which all is
 // locked it walks nothing, of one that began as a copy of such only what
 // differs. It gives the least lock of what it did not walk.
-func (run *Run) walk(ctx context.Context, n *needs, s *state, p *Point, want blob.Lock) (least blob.Lock, err error) {
+func (run *Run) walk(ctx context.Context, n *needs, s *chain.State, p *Point, want blob.Lock) (least blob.Lock, err error) {
 	least = blob.Lock{Until: lockEnd(want.Until), Mode: want.Mode}
 	holds := func(root Root) bool {
 		l, ok := run.locked.roots[root]
@@ -195,7 +196,7 @@ func (run *Run) settleLocks() {
 		r.locks.set(rootKey(s, root), l)
 	}
 	_ = r.locks.save(r.now()) // it is there to save work
-	if name := entryName(run.locked.head + 1); !r.locks.holds(name, want) {
+	if name := chain.Name(run.locked.head + 1); !r.locks.holds(name, want) {
 		run.locked.warning = fmt.Errorf("the restore point is there, but %s is not locked yet: the next backup or check does it", name)
 	}
 }

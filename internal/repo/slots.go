@@ -14,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -250,14 +251,14 @@ func (r *Repo) RemoveSlot(ctx context.Context, id, inUse string) error {
 	if err != nil {
 		return err
 	}
-	stays := func(*state) error {
+	stays := func(*chain.State) error {
 		if r.remaining(docs, u, id) == 0 {
 			return ErrLastSlot
 		}
 		return nil
 	}
-	e := entrySealed{Keyring: ringDigits(u.number), Removed: []string{id}}
-	if err := r.append(ctx, kindKeys, entryClear{}, e, stays); err != nil {
+	e := chain.Sealed{Keyring: ringDigits(u.number), Removed: []string{id}}
+	if err := r.append(ctx, chain.Keys, chain.Clear{}, e, stays); err != nil {
 		return fmt.Errorf("remove key %s: %w", id, err)
 	}
 	if err := r.forget(ctx, slotName(id)); err != nil {

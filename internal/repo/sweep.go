@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -110,7 +111,7 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if len(affected) == 0 {
 		return nil, nil // what an earlier sweep did not come to delete
 	}
-	var c entryClear // without the lease: the packs are not this run's
+	var c chain.Clear // without the lease: the packs are not this run's
 	for d := range affected {
 		old = append(old, d)
 	}
@@ -158,7 +159,7 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if err := p.lockIndexes(ctx, c.Adds); err != nil {
 		return nil, err
 	}
-	if err := p.r.append(ctx, kindSweep, c, entrySealed{}, p.unmoved); err != nil {
+	if err := p.r.append(ctx, chain.Sweep, c, chain.Sealed{}, p.unmoved); err != nil {
 		return nil, err
 	}
 	return old, p.m.adopt(ctx)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/tree"
 )
 
@@ -74,7 +75,7 @@ func (r *Repo) TierInfos(ctx context.Context) ([]TierInfo, error) {
 
 // listAll lists the packs of the own store and of each tier, in that order. A
 // tier that cannot be listed has a problem.
-func (r *Repo) listAll(ctx context.Context, s *state) (stores []map[[32]byte]int64, problems []error, err error) {
+func (r *Repo) listAll(ctx context.Context, s *chain.State) (stores []map[[32]byte]int64, problems []error, err error) {
 	own, err := listSizes(ctx, r.tiers.Own())
 	if err != nil {
 		return nil, nil, err
@@ -112,7 +113,7 @@ func elsewhere(stores []map[[32]byte]int64, but int, name [32]byte, size int64) 
 
 // countWhole counts the points that a tier alone would give back: their entry is
 // in its mirror, and each item lies in a pack that is there and listed there.
-func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held map[[32]byte]heldPack, there map[[32]byte]int64) error {
+func (r *Repo) countWhole(ctx context.Context, s *chain.State, info *TierInfo, held map[[32]byte]heldPack, there map[[32]byte]int64) error {
 	far := r.tiers.Own()
 	if info.Name != r.mirrorOf {
 		var err error
@@ -121,7 +122,7 @@ func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held ma
 		}
 	}
 	var err error
-	if info.Entry, err = lastEntry(ctx, far); err != nil || info.Entry == 0 {
+	if info.Entry, err = chain.Last(ctx, far); err != nil || info.Entry == 0 {
 		return err
 	}
 	indexes, err := blob.Names(ctx, far, "index/")

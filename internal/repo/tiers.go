@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -40,7 +41,7 @@ var (
 )
 
 // attach makes the stores of the state's tiers be looked into.
-func (r *Repo) attach(s *state) {
+func (r *Repo) attach(s *chain.State) {
 	var tiers []blob.Tier
 	for _, t := range s.Tiers {
 		if t.Name == r.mirrorOf {
@@ -224,7 +225,7 @@ func (r *Repo) changeTiers(ctx context.Context, change func([]Tier) ([]Tier, err
 		for i := range tiers {
 			tiers[i].Turned = 0
 		}
-		err = r.append(ctx, kindTiers, entryClear{Tiers: len(tiers)}, entrySealed{Tiers: tiers}, func(s *state) error {
+		err = r.append(ctx, chain.Tiers, chain.Clear{Tiers: len(tiers)}, chain.Sealed{Tiers: tiers}, func(s *chain.State) error {
 			if !slices.Equal(s.Tiers, old.Tiers) {
 				return errMoved
 			}
@@ -270,11 +271,11 @@ func (r *Repo) sound(ctx context.Context, name string, far blob.Store) error {
 	case is != name:
 		return fmt.Errorf("%w: it is tier %s", ErrForked, is)
 	}
-	n, err := lastEntry(ctx, far)
+	n, err := chain.Last(ctx, far)
 	if err != nil || n == 0 {
 		return err
 	}
-	last := entryName(n)
+	last := chain.Name(n)
 	there, err := far.Get(ctx, last, 0, -1)
 	if err != nil {
 		return err
@@ -364,12 +365,12 @@ func (r *Repo) farthest(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("whether tier %s has a newer copy of the chain is not known: %w", t.Name, err)
 		}
-		n, err := lastEntry(ctx, far)
+		n, err := chain.Last(ctx, far)
 		if err != nil {
 			return fmt.Errorf("tier %s: %w", t.Name, err)
 		}
 		if n > r.current().Head {
-			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, entryName(n))
+			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, chain.Name(n))
 		}
 	}
 	return nil
@@ -398,7 +399,7 @@ type heldPack struct {
 
 // held gives the packs that the state's index objects list and that are not in
 // quarantine.
-func (r *Repo) held(ctx context.Context, s *state) (map[[32]byte]heldPack, error) {
+func (r *Repo) held(ctx context.Context, s *chain.State) (map[[32]byte]heldPack, error) {
 	held := map[[32]byte]heldPack{}
 	for d := range s.Indexes {
 		packs, err := r.readIndex(ctx, d)

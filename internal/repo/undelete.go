@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -173,8 +174,8 @@ func (u *undeleter) all(ctx context.Context) error {
 
 // isEntry reports whether these are the bytes of the entry of that name.
 func (k *keyless) isEntry(p []byte, name string) bool {
-	n, ok := entryNumber(name)
-	_, _, err := parseEntry(p, n, k.id, k.pub)
+	n, ok := chain.Number(name)
+	_, _, err := chain.Parse(p, n, k.id, k.pub)
 	return ok && err == nil
 }
 

@@ -1,4 +1,4 @@
-package repo
+package chain
 
 import (
 	"bytes"
@@ -18,16 +18,16 @@ import (
 // part of the state as JSON and takes it from there. What a state holds and is
 // not here is lost to whoever starts to read at a checkpoint; a test goes
 // through the fields. adds are the entry's, in their order.
-func (s *state) parts(adds []seal.Hex) map[string]any {
+func (s *State) parts(adds []seal.Hex) map[string]any {
 	return map[string]any{
 		"points":      &via[[]Point]{s.living, s.setLiving},
 		"committed":   &s.Committed,
 		"keep":        &s.Keep,
 		"forgotten":   &via[[]PointID]{s.gone, s.setGone},
 		"pinned":      &via[[]Point]{s.pinned, s.setPinned},
-		"added":       &via[[]adding]{func() []adding { return s.addedBy(adds) }, func(p []adding) error { return s.setAdded(adds, p) }},
+		"added":       &via[[]Adding]{func() []Adding { return s.addedBy(adds) }, func(p []Adding) error { return s.setAdded(adds, p) }},
 		"quarantine":  &via[map[string]uint64]{s.quarantineHex, s.setQuarantine},
-		"distrust":    &via[[]badItem]{s.badItems, s.setBad},
+		"distrust":    &via[[]BadItem]{s.badItems, s.setBad},
 		"over":        &s.Over,
 		"keyring":     &s.Keyring,
 		"removed":     &via[[]string]{func() []string { return slices.Sorted(maps.Keys(s.Removed)) }, s.setRemoved},
@@ -57,12 +57,12 @@ func (v *via[T]) UnmarshalJSON(p []byte) error {
 }
 
 // content is the sealed part of a checkpoint with this state.
-func (s *state) content() ([]byte, error) { return json.Marshal(s.parts(s.adds())) }
+func (s *State) content() ([]byte, error) { return json.Marshal(s.parts(s.adds())) }
 
 // Encode gives the clear and the sealed part of a checkpoint that tells the state,
 // proved by reading them back. It fails with seal.ErrTooLarge for more than a
 // document takes.
-func (s *state) Encode() (clear entryClear, content []byte, err error) {
+func (s *State) Encode() (clear Clear, content []byte, err error) {
 	adds := s.adds()
 	if content, err = s.content(); err != nil {
 		return clear, nil, err
@@ -78,7 +78,7 @@ func (s *state) Encode() (clear entryClear, content []byte, err error) {
 	if what, err := back.differs(s); err != nil || what != "" {
 		return clear, nil, errors.Join(err, fmt.Errorf("its %s would be lost; this is a defect of this program, and nothing was written", what))
 	}
-	clear = entryClear{Adds: adds, Tiers: len(s.Tiers)}
+	clear = Clear{Adds: adds, Tiers: len(s.Tiers)}
 	if s.Locks.Mode != "" {
 		clear.Locks = &s.Locks.Immutability
 	}
@@ -86,7 +86,7 @@ func (s *state) Encode() (clear entryClear, content []byte, err error) {
 }
 
 // adds lists the live index objects in the order in which they were added.
-func (s *state) adds() []seal.Hex {
+func (s *State) adds() []seal.Hex {
 	live := slices.SortedFunc(maps.Keys(s.Indexes), func(a, b [32]byte) int {
 		if ea, eb := s.Added[a].Entry, s.Added[b].Entry; ea != eb {
 			return int(int64(ea) - int64(eb))
@@ -103,7 +103,7 @@ func (s *state) adds() []seal.Hex {
 // takeCheckpoint puts the checkpoint's state in the place of this one, and
 // makes gaps before it be over. In a state that is being proved, what it says
 // must be what the entries before it have said.
-func (s *state) takeCheckpoint(c *entryClear, content []byte) error {
+func (s *State) takeCheckpoint(c *Clear, content []byte) error {
 	n := newState([32]byte{})
 	if err := n.read(c.Adds, content); err != nil {
 		return err
@@ -121,7 +121,7 @@ func (s *state) takeCheckpoint(c *entryClear, content []byte) error {
 }
 
 // read takes a checkpoint's members into an empty state.
-func (s *state) read(adds []seal.Hex, content []byte) error {
+func (s *State) read(adds []seal.Hex, content []byte) error {
 	var members map[string]json.RawMessage
 	if err := seal.Unmarshal(content, &members); err != nil {
 		return err
@@ -130,7 +130,7 @@ func (s *state) read(adds []seal.Hex, content []byte) error {
 	for name, value := range members {
 		part, ok := parts[name]
 		if !ok {
-			return fmt.Errorf("%w: a checkpoint with %q", ErrVersion, name)
+			return fmt.Errorf("%w: a checkpoint with %q", seal.ErrVersion, name)
 		}
 		if string(value) == "null" {
 			continue
@@ -140,7 +140,7 @@ func (s *state) read(adds []seal.Hex, content []byte) error {
 		}
 	}
 	if len(s.Added) != len(adds) {
-		return fmt.Errorf("%w: %d index objects, of %d it is told who added them", ErrDamaged, len(adds), len(s.Added))
+		return fmt.Errorf("%w: %d index objects, of %d it is told who added them", seal.ErrDamaged, len(adds), len(s.Added))
 	}
 	return nil
 }
@@ -155,10 +155,10 @@ type Needless struct {
 }
 
 // Abridged is the state without what can matter to nobody any more.
-func (s *state) Abridged(n Needless) *state {
+func (s *State) Abridged(n Needless) *State {
 	a := s.clone()
 	for lease, k := range s.Over {
-		if k == kindCommit && n.Lease(lease) {
+		if k == Commit && n.Lease(lease) {
 			delete(a.Over, lease)
 		}
 	}
@@ -182,10 +182,10 @@ func (s *state) Abridged(n Needless) *state {
 
 // agrees reports whether a checkpoint that follows this state tells it, with
 // nothing left out but what may be.
-func (s *state) agrees(c *state) error {
+func (s *State) agrees(c *State) error {
 	b := s.clone()
 	for lease, k := range s.Over {
-		if _, there := c.Over[lease]; !there && k == kindCommit {
+		if _, there := c.Over[lease]; !there && k == Commit {
 			delete(b.Over, lease)
 		}
 	}
@@ -208,14 +208,14 @@ func (s *state) agrees(c *state) error {
 	if what, err := b.differs(c); err != nil {
 		return err
 	} else if what != "" {
-		return fmt.Errorf("%w: the checkpoint's %s are not what the entries before it say", ErrDamaged, what)
+		return fmt.Errorf("%w: the checkpoint's %s are not what the entries before it say", seal.ErrDamaged, what)
 	}
 	return nil
 }
 
 // differs names what the states do not have in common; "" when they are equal.
 // Their places in the chain are not compared.
-func (s *state) differs(o *state) (string, error) {
+func (s *State) differs(o *State) (string, error) {
 	adds, others := s.adds(), o.adds()
 	if !slices.EqualFunc(adds, others, func(a, b seal.Hex) bool { return bytes.Equal(a, b) }) {
 		return "adds", nil
@@ -240,7 +240,7 @@ func (s *state) differs(o *state) (string, error) {
 	return "", nil
 }
 
-func (s *state) living() []Point {
+func (s *State) living() []Point {
 	points := make([]Point, 0, len(s.Points))
 	for _, id := range s.Order {
 		if p, ok := s.Points[id]; ok {
@@ -250,10 +250,10 @@ func (s *state) living() []Point {
 	return points
 }
 
-func (s *state) setLiving(points []Point) error {
+func (s *State) setLiving(points []Point) error {
 	for _, p := range points {
 		if _, twice := s.Points[p.ID]; twice || p.ID == "" {
-			return fmt.Errorf("%w: point %.80q", ErrDamaged, p.ID)
+			return fmt.Errorf("%w: point %.80q", seal.ErrDamaged, p.ID)
 		}
 		s.Points[p.ID] = p
 		s.Order = append(s.Order, p.ID)
@@ -261,9 +261,9 @@ func (s *state) setLiving(points []Point) error {
 	return nil
 }
 
-func (s *state) gone() []PointID { return slices.Sorted(maps.Keys(s.Forgotten)) }
+func (s *State) gone() []PointID { return slices.Sorted(maps.Keys(s.Forgotten)) }
 
-func (s *state) setGone(ids []PointID) error {
+func (s *State) setGone(ids []PointID) error {
 	for _, id := range ids {
 		if _, known := s.Forgotten[id]; !known { // pinned ones may have come first
 			s.Forgotten[id] = nil
@@ -273,7 +273,7 @@ func (s *state) setGone(ids []PointID) error {
 }
 
 // pinned gives the forgotten points that are known whole.
-func (s *state) pinned() []Point {
+func (s *State) pinned() []Point {
 	points := []Point{}
 	for _, p := range s.Forgotten {
 		if p != nil {
@@ -284,28 +284,28 @@ func (s *state) pinned() []Point {
 	return points
 }
 
-func (s *state) setPinned(points []Point) error {
+func (s *State) setPinned(points []Point) error {
 	for _, p := range points {
 		s.Forgotten[p.ID] = &p
 	}
 	return nil
 }
 
-func (s *state) addedBy(adds []seal.Hex) []adding {
-	parts := make([]adding, len(adds))
+func (s *State) addedBy(adds []seal.Hex) []Adding {
+	parts := make([]Adding, len(adds))
 	for i, d := range adds {
 		parts[i] = s.Added[[32]byte(d)]
 	}
 	return parts
 }
 
-func (s *state) setAdded(adds []seal.Hex, parts []adding) error {
+func (s *State) setAdded(adds []seal.Hex, parts []Adding) error {
 	if len(parts) != len(adds) {
-		return fmt.Errorf("%w: %d for %d index objects", ErrDamaged, len(parts), len(adds))
+		return fmt.Errorf("%w: %d for %d index objects", seal.ErrDamaged, len(parts), len(adds))
 	}
 	for i, d := range adds {
 		if len(d) != 32 {
-			return fmt.Errorf("%w: index digest", ErrDamaged)
+			return fmt.Errorf("%w: index digest", seal.ErrDamaged)
 		}
 		s.Indexes[[32]byte(d)] = true
 		s.Added[[32]byte(d)] = parts[i]
@@ -313,7 +313,7 @@ func (s *state) setAdded(adds []seal.Hex, parts []adding) error {
 	return nil
 }
 
-func (s *state) quarantineHex() map[string]uint64 {
+func (s *State) quarantineHex() map[string]uint64 {
 	m := make(map[string]uint64, len(s.Quarantine))
 	for name, entry := range s.Quarantine {
 		m[hex.EncodeToString(name[:])] = entry
@@ -321,7 +321,7 @@ func (s *state) quarantineHex() map[string]uint64 {
 	return m
 }
 
-func (s *state) setQuarantine(m map[string]uint64) error {
+func (s *State) setQuarantine(m map[string]uint64) error {
 	for h, entry := range m {
 		name, err := seal.ParseDigest(h)
 		if err != nil {
@@ -332,12 +332,12 @@ func (s *state) setQuarantine(m map[string]uint64) error {
 	return nil
 }
 
-func (s *state) badItems() []badItem {
-	items := make([]badItem, 0, len(s.Bad))
+func (s *State) badItems() []BadItem {
+	items := make([]BadItem, 0, len(s.Bad))
 	for k := range s.Bad {
-		items = append(items, badItem{k.Pack[:], k.ID[:]})
+		items = append(items, BadItem{k.Pack[:], k.ID[:]})
 	}
-	slices.SortFunc(items, func(a, b badItem) int {
+	slices.SortFunc(items, func(a, b BadItem) int {
 		if c := bytes.Compare(a.Pack, b.Pack); c != 0 {
 			return c
 		}
@@ -346,17 +346,17 @@ func (s *state) badItems() []badItem {
 	return items
 }
 
-func (s *state) setBad(items []badItem) error {
+func (s *State) setBad(items []BadItem) error {
 	for _, i := range items {
 		if len(i.Pack) != 32 || len(i.ID) != 32 {
-			return fmt.Errorf("%w: distrusted item", ErrDamaged)
+			return fmt.Errorf("%w: distrusted item", seal.ErrDamaged)
 		}
-		s.Bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
+		s.Bad[Copy{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 	}
 	return nil
 }
 
-func (s *state) setRemoved(ids []string) error {
+func (s *State) setRemoved(ids []string) error {
 	for _, id := range ids {
 		s.Removed[id] = true
 	}

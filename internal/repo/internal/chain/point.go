@@ -1,10 +1,11 @@
-package repo
+package chain
 
 import (
 	"fmt"
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/seal"
 )
 
 type (
@@ -100,8 +101,8 @@ type Immutability struct {
 // MaxImmutableDays bounds Immutability.Days.
 const MaxImmutableDays = 36500
 
-// lockState is the rule, and what bears on locks besides.
-type lockState struct {
+// LockState is the rule, and what bears on locks besides.
+type LockState struct {
 	Immutability
 	Commit     uint64 `json:"commit"`     // the newest commit entry
 	Distrusted uint64 `json:"distrusted"` // the newest entry that made items rest on other copies
@@ -110,10 +111,10 @@ type lockState struct {
 // take takes over the rule that an entry tells.
 func (i *Immutability) take(rule *Immutability) error {
 	if rule == nil || rule.Days < 0 || rule.Days > MaxImmutableDays {
-		return fmt.Errorf("%w: rule on locks", ErrDamaged)
+		return fmt.Errorf("%w: rule on locks", seal.ErrDamaged)
 	}
 	if rule.Days > 0 && blob.ParseLockMode(rule.Mode) == 0 {
-		return fmt.Errorf("%w: lock mode %.20q", ErrVersion, rule.Mode)
+		return fmt.Errorf("%w: lock mode %.20q", seal.ErrVersion, rule.Mode)
 	}
 	i.Days = rule.Days
 	if blob.ParseLockMode(rule.Mode) != 0 {

@@ -1,4 +1,4 @@
-package repo
+package chain
 
 import (
 	"encoding/json"
@@ -39,7 +39,7 @@ func (c *Chain) rolledBack(seen headSeen) error {
 
 // Remember keeps the head of a state for the next Read. A crash here costs only
 // that.
-func (c *Chain) Remember(s *state) error {
+func (c *Chain) Remember(s *State) error {
 	if s.Head == 0 || s.unknown {
 		return nil
 	}

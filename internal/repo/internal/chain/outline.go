@@ -1,4 +1,4 @@
-package repo
+package chain
 
 import (
 	"bytes"
@@ -16,11 +16,11 @@ type Outline struct {
 	Indexes  map[[32]byte]bool // live index objects
 	Tiers    bool              // packs may be in other stores
 	Locks    Immutability
-	Problems []chainProblem
+	Problems []Problem
 }
 
 // chainProblem is something wrong with an entry, or several.
-type chainProblem struct{ Object, What string }
+type Problem struct{ Object, What string }
 
 // Outline follows the entries that are in the store: numbers, signatures,
 // predecessors. It needs Store, Repo, Verify and Config alone.
@@ -32,7 +32,7 @@ func (c *Chain) Outline(ctx context.Context) (*Outline, error) {
 	o := &Outline{Indexes: map[[32]byte]bool{}}
 	var numbers []uint64
 	for _, name := range names {
-		if n, ok := entryNumber(name); ok {
+		if n, ok := Number(name); ok {
 			numbers = append(numbers, n)
 		} else {
 			o.problem(name, "not the name of an entry")
@@ -53,8 +53,8 @@ func (c *Chain) Outline(ctx context.Context) (*Outline, error) {
 			gaps, next, previous = append(gaps, absent(n, n)), n+1, nil
 			continue
 		}
-		clear, k, err := parseEntry(e.data, n, c.Repo, c.Verify)
-		if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
+		clear, k, err := Parse(e.data, n, c.Repo, c.Verify)
+		if errors.Is(err, seal.ErrDamaged) || errors.Is(err, seal.ErrForeign) {
 			gaps = append(gaps, gap{n, false, err.Error()})
 			next, previous, o.Head = n+1, nil, n
 			continue
@@ -62,7 +62,7 @@ func (c *Chain) Outline(ctx context.Context) (*Outline, error) {
 			return nil, err
 		}
 		if previous != nil && !bytes.Equal(clear.Previous, previous) {
-			o.problem(entryName(n), "it does not follow its predecessor; an entry was exchanged or removed")
+			o.problem(Name(n), "it does not follow its predecessor; an entry was exchanged or removed")
 		}
 		o.take(k, &clear)
 		sum := sha256.Sum256(e.data)
@@ -75,27 +75,27 @@ func (c *Chain) Outline(ctx context.Context) (*Outline, error) {
 		case g.missing:
 			o.problem(g.text, "missing")
 		default:
-			o.problem(entryName(g.last), g.text)
+			o.problem(Name(g.last), g.text)
 		}
 	}
 	return o, nil
 }
 
 func (o *Outline) problem(object, what string) {
-	o.Problems = append(o.Problems, chainProblem{Object: object, What: what})
+	o.Problems = append(o.Problems, Problem{Object: object, What: what})
 }
 
 // take changes the outline as an entry's clear part says.
-func (o *Outline) take(k kind, clear *entryClear) {
-	if k == kindCheckpoint {
+func (o *Outline) take(k Kind, clear *Clear) {
+	if k == Checkpoint {
 		o.Indexes = map[[32]byte]bool{}
 	}
-	if k == kindTiers || k == kindCheckpoint {
+	if k == Tiers || k == Checkpoint {
 		o.Tiers = clear.Tiers > 0
 	}
 	if clear.Locks != nil {
 		if err := o.Locks.take(clear.Locks); err != nil {
-			o.problem(entryName(clear.Number), err.Error())
+			o.problem(Name(clear.Number), err.Error())
 		}
 	}
 	for _, d := range clear.Adds {
@@ -112,9 +112,9 @@ func (o *Outline) take(k kind, clear *entryClear) {
 
 // absent names entries that are not there.
 func absent(first, last uint64) gap {
-	text := entryName(first)
+	text := Name(first)
 	if last > first {
-		text += " to " + entryName(last)
+		text += " to " + Name(last)
 	}
 	return gap{last, true, text}
 }

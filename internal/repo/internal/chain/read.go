@@ -1,4 +1,4 @@
-package repo
+package chain
 
 import (
 	"bytes"
@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"iter"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 
 	"holdfast/internal/blob"
@@ -38,7 +36,7 @@ type gap struct {
 // Damage says what is wrong with entries, as far as it bears on the state: each
 // is damaged or missing, and nothing behind makes that good. Nothing can be
 // appended then.
-func (s *state) Damage() []string {
+func (s *State) Damage() []string {
 	var damage []string
 	for _, g := range s.gaps {
 		damage = append(damage, g.text)
@@ -47,52 +45,21 @@ func (s *state) Damage() []string {
 }
 
 // skip goes past the next entry, which is damaged.
-func (s *state) skip(why error) {
+func (s *State) skip(why error) {
 	s.Head++
 	s.unknown = true
 	s.gaps = append(s.gaps, gap{s.Head, false, why.Error()})
 }
 
 // miss goes past the next entries up to the last one, which are not there.
-func (s *state) miss(last uint64) {
+func (s *State) miss(last uint64) {
 	if last <= s.Head {
 		return
 	}
 	g := absent(s.Head+1, last)
-	g.text += fmt.Sprintf(": %v: missing", ErrDamaged)
+	g.text += fmt.Sprintf(": %v: missing", seal.ErrDamaged)
 	s.Head, s.unknown = last, true
 	s.gaps = append(s.gaps, g)
-}
-
-// entryNumbers lists the entries that are in the store, ascending.
-func entryNumbers(ctx context.Context, s blob.Store) ([]uint64, error) {
-	names, err := blob.Names(ctx, s, "chain/")
-	if err != nil {
-		return nil, err
-	}
-	var numbers []uint64
-	for _, name := range names {
-		if n, ok := entryNumber(name); ok {
-			numbers = append(numbers, n)
-		}
-	}
-	return numbers, nil
-}
-
-// lastEntry is the number of the newest entry that is in the store; 0 when
-// there is none.
-func lastEntry(ctx context.Context, s blob.Store) (uint64, error) {
-	numbers, err := entryNumbers(ctx, s)
-	if len(numbers) == 0 {
-		return 0, err
-	}
-	return numbers[len(numbers)-1], nil
-}
-
-// entryNumber is the number of the entry of that name.
-func entryNumber(name string) (uint64, bool) {
-	n, err := strconv.ParseUint(strings.TrimPrefix(name, "chain/"), 10, 64)
-	return n, err == nil && n > 0 && entryName(n) == name
 }
 
 // fetched is an entry's stored bytes; nil when it is not there any more.
@@ -120,7 +87,7 @@ func fetch(ctx context.Context, s blob.Store, numbers []uint64) iter.Seq2[fetche
 			to := make(chan answer, 1)
 			answers[i] = to
 			wg.Go(func() {
-				p, err := s.Get(ctx, entryName(numbers[i]), 0, -1)
+				p, err := s.Get(ctx, Name(numbers[i]), 0, -1)
 				to <- answer{p, err}
 			})
 		}
@@ -142,7 +109,7 @@ func fetch(ctx context.Context, s blob.Store, numbers []uint64) iter.Seq2[fetche
 }
 
 // Genesis is the state before the first entry.
-func (c *Chain) Genesis() *state {
+func (c *Chain) Genesis() *State {
 	s := newState(c.Config)
 	s.Time = c.Made
 	return s
@@ -151,7 +118,7 @@ func (c *Chain) Genesis() *state {
 // follow takes entries into a state, after those that it has. each, if not
 // nil, sees the state after every one. vanished tells that entries which were
 // listed are not there any more.
-func (c *Chain) follow(ctx context.Context, s *state, numbers []uint64, each func(*state) error) (vanished bool, err error) {
+func (c *Chain) follow(ctx context.Context, s *State, numbers []uint64, each func(*State) error) (vanished bool, err error) {
 	for e, err := range fetch(ctx, c.Store, numbers) {
 		if err != nil {
 			return vanished, err
@@ -176,37 +143,19 @@ func (c *Chain) follow(ctx context.Context, s *state, numbers []uint64, each fun
 // read: what the newest entry that can be read says. 0 is the first entry.
 func (c *Chain) start(ctx context.Context, numbers []uint64) (uint64, error) {
 	for _, n := range slices.Backward(numbers) {
-		p, err := c.Store.Get(ctx, entryName(n), 0, -1)
+		p, err := c.Store.Get(ctx, Name(n), 0, -1)
 		if errors.Is(err, blob.ErrNotExist) {
 			continue
 		} else if err != nil {
 			return 0, err
 		}
-		if clear, _, err := parseEntry(p, n, c.Repo, c.Verify); err == nil {
+		if clear, _, err := Parse(p, n, c.Repo, c.Verify); err == nil {
 			return clear.Start, nil
-		} else if !errors.Is(err, ErrDamaged) && !errors.Is(err, seal.ErrForeign) {
+		} else if !errors.Is(err, seal.ErrDamaged) && !errors.Is(err, seal.ErrForeign) {
 			return 0, err
 		}
 	}
 	return 0, nil
-}
-
-// parseEntry reads an entry as far as that can be done without a key.
-func parseEntry(p []byte, n uint64, id [16]byte, pub []byte) (c entryClear, k kind, err error) {
-	raw, err := seal.Parse(p, seal.Entry)
-	if err == nil {
-		err = raw.Verify(id, pub)
-	}
-	if err == nil {
-		err = seal.Unmarshal(raw.Clear, &c)
-	}
-	if err == nil && c.Number != n {
-		err = fmt.Errorf("%w: it is entry %d", ErrDamaged, c.Number)
-	}
-	if err != nil {
-		return c, 0, err
-	}
-	return c, kind(raw.Header.Kind), nil
 }
 
 // Read reads the chain as it is in the store, from the newest checkpoints on,
@@ -214,7 +163,7 @@ func parseEntry(p []byte, n uint64, id [16]byte, pub []byte) (c entryClear, k ki
 // on from what this machine has seen; the state is given all the same, as far as
 // it was read. Entries that are damaged or missing are no error: see
 // State.Damage.
-func (c *Chain) Read(ctx context.Context) (*state, error) {
+func (c *Chain) Read(ctx context.Context) (*State, error) {
 	seen, err := c.seen()
 	if err != nil {
 		return nil, err
@@ -229,9 +178,9 @@ func (c *Chain) Read(ctx context.Context) (*state, error) {
 // read reads the chain as it is in the store. It must contain the entry
 // seen, or go on behind it to a checkpoint; with ErrRolledBack it gives the
 // state as far as it was read.
-func (c *Chain) read(ctx context.Context, seen headSeen) (*state, error) {
+func (c *Chain) read(ctx context.Context, seen headSeen) (*State, error) {
 	for try := 1; ; try++ {
-		numbers, err := entryNumbers(ctx, c.Store)
+		numbers, err := Numbers(ctx, c.Store)
 		if err != nil {
 			return nil, err
 		}
@@ -257,7 +206,7 @@ func (c *Chain) read(ctx context.Context, seen headSeen) (*state, error) {
 		}
 		for _, g := range s.gaps {
 			if g.missing && g.last > uint64(len(numbers))+maxGap {
-				return nil, fmt.Errorf("%s: %w: not the name of the chain's newest entry", entryName(s.Head), ErrDamaged)
+				return nil, fmt.Errorf("%s: %w: not the name of the chain's newest entry", Name(s.Head), seal.ErrDamaged)
 			}
 		}
 		return s, nil
@@ -265,10 +214,10 @@ func (c *Chain) read(ctx context.Context, seen headSeen) (*state, error) {
 }
 
 // readFrom reads the chain from one of its entries on.
-func (c *Chain) readFrom(ctx context.Context, numbers []uint64, from int, seen headSeen) (*state, bool, error) {
+func (c *Chain) readFrom(ctx context.Context, numbers []uint64, from int, seen headSeen) (*State, bool, error) {
 	s := c.Genesis()
 	if _, there := slices.BinarySearch(numbers[:from], seen.Number); there {
-		p, err := c.Store.Get(ctx, entryName(seen.Number), 0, -1)
+		p, err := c.Store.Get(ctx, Name(seen.Number), 0, -1)
 		if err != nil && !errors.Is(err, blob.ErrNotExist) {
 			return nil, false, err
 		}
@@ -276,7 +225,7 @@ func (c *Chain) readFrom(ctx context.Context, numbers []uint64, from int, seen h
 			return s, false, c.rolledBack(seen)
 		}
 	}
-	vanished, err := c.follow(ctx, s, numbers[from:], func(s *state) error {
+	vanished, err := c.follow(ctx, s, numbers[from:], func(s *State) error {
 		if s.Head == seen.Number && !s.unknown && !bytes.Equal(seen.Digest, s.Digest[:]) {
 			return c.rolledBack(seen)
 		}
@@ -289,8 +238,8 @@ func (c *Chain) readFrom(ctx context.Context, numbers []uint64, from int, seen h
 }
 
 // skipDamage notes damage; other errors it returns.
-func (s *state) skipDamage(err error) error {
-	if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
+func (s *State) skipDamage(err error) error {
+	if errors.Is(err, seal.ErrDamaged) || errors.Is(err, seal.ErrForeign) {
 		s.skip(err)
 		return nil
 	}
@@ -300,8 +249,8 @@ func (s *state) skipDamage(err error) error {
 // Compare reads all entries up to known's head again, those as well that need not
 // be read any more, and says in what they are damaged or lead elsewhere than to
 // known. vanished tells that entries went while they were read.
-func (c *Chain) Compare(ctx context.Context, known *state) (problems []string, vanished bool, err error) {
-	numbers, err := entryNumbers(ctx, c.Store)
+func (c *Chain) Compare(ctx context.Context, known *State) (problems []string, vanished bool, err error) {
+	numbers, err := Numbers(ctx, c.Store)
 	if err != nil {
 		return nil, false, err
 	}
@@ -327,14 +276,14 @@ func (c *Chain) Compare(ctx context.Context, known *state) (problems []string, v
 
 // Prove reads the entries from the chain's start on from the store, in which there
 // are those numbers, and compares the state that they give with s.
-func (c *Chain) Prove(ctx context.Context, s *state, numbers []uint64) error {
+func (c *Chain) Prove(ctx context.Context, s *State, numbers []uint64) error {
 	start := s.Older
 	if start == 0 { // a first checkpoint: what is before it says nothing about it
 		start = s.Checkpoint
 	}
 	from, there := slices.BinarySearch(numbers, start)
 	if !there {
-		return fmt.Errorf("%w: entry %d, where the chain begins, is not there", ErrDamaged, start)
+		return fmt.Errorf("%w: entry %d, where the chain begins, is not there", seal.ErrDamaged, start)
 	}
 	numbers = slices.DeleteFunc(slices.Clone(numbers[from:]), func(n uint64) bool { return n > s.Head })
 	back := c.Genesis()
@@ -348,7 +297,7 @@ func (c *Chain) Prove(ctx context.Context, s *state, numbers []uint64) error {
 	}
 	what, err := back.differs(s)
 	if err == nil && (what != "" || back.Head != s.Head || back.Digest != s.Digest) {
-		err = fmt.Errorf("%w: the chain as read back from the store does not say what is known (%s)", ErrDamaged, what)
+		err = fmt.Errorf("%w: the chain as read back from the store does not say what is known (%s)", seal.ErrDamaged, what)
 	}
 	return err
 }
@@ -357,7 +306,7 @@ func (c *Chain) Prove(ctx context.Context, s *state, numbers []uint64) error {
 // state after that: old itself when nothing was. anew tells that the chain had
 // to be read from elsewhere, since old's head has been deleted, as prunes do
 // that go on for long. ErrNoKey: an entry is sealed with a key that is not known.
-func (c *Chain) Next(ctx context.Context, old *state) (s *state, anew bool, err error) {
+func (c *Chain) Next(ctx context.Context, old *State) (s *State, anew bool, err error) {
 	s = old
 	for ahead := 1; ; ahead = min(2*ahead, readAhead) {
 		entries, behind, err := c.news(ctx, s, ahead)
@@ -400,7 +349,7 @@ func (c *Chain) Next(ctx context.Context, old *state) (s *state, anew bool, err 
 
 // news reads up to n entries behind the head, and looks whether the head is
 // still there: if not, behind it may be entries that were deleted.
-func (c *Chain) news(ctx context.Context, s *state, n int) (entries [][]byte, behind bool, err error) {
+func (c *Chain) news(ctx context.Context, s *State, n int) (entries [][]byte, behind bool, err error) {
 	var lookErr error
 	var looking sync.WaitGroup
 	looking.Go(func() { behind, lookErr = c.overtaken(ctx, s) })
@@ -424,12 +373,12 @@ func (c *Chain) news(ctx context.Context, s *state, n int) (entries [][]byte, be
 
 // overtaken reports whether the head that is known has been deleted, as a prune
 // does when two checkpoints follow it.
-func (c *Chain) overtaken(ctx context.Context, s *state) (bool, error) {
+func (c *Chain) overtaken(ctx context.Context, s *State) (bool, error) {
 	if s.Head == 0 {
-		numbers, err := entryNumbers(ctx, c.Store)
+		numbers, err := Numbers(ctx, c.Store)
 		return len(numbers) > 0 && (numbers[0] != 1 || len(numbers) > 1 && numbers[1] != 2), err
 	}
-	p, err := c.Store.Get(ctx, entryName(s.Head), 0, seal.HeaderLen)
+	p, err := c.Store.Get(ctx, Name(s.Head), 0, seal.HeaderLen)
 	switch {
 	case errors.Is(err, blob.ErrNotExist):
 		return true, nil

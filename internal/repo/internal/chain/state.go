@@ -1,4 +1,4 @@
-package repo
+package chain
 
 import (
 	"bytes"
@@ -13,104 +13,42 @@ import (
 	"holdfast/internal/repo/internal/seal"
 )
 
-// kind is what a chain entry does (docs/format.md §6).
-type kind uint16
-
-const (
-	kindAdd kind = iota + 1
-	kindCommit
-	kindForget
-	kindKeep
-	kindRevoke
-	kindQuarantine
-	kindSweep
-	kindKeys
-	kindCheckpoint
-	kindDistrust
-	kindLocks
-	kindTiers
-)
-
-// String names the kind as docs/format.md does; "" for one that is not known.
-func (k kind) String() string {
-	names := []string{kindAdd: "add", kindCommit: "commit", kindForget: "forget", kindKeep: "keep", kindRevoke: "revoke",
-		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust",
-		kindLocks: "locks", kindTiers: "tiers"}
-	if int(k) >= len(names) {
-		return ""
-	}
-	return names[k]
-}
-
-// entryClear is an entry's clear part.
-type entryClear struct {
-	Number   uint64     `json:"number"`
-	Previous seal.Hex   `json:"previous"`
-	Time     time.Time  `json:"time"`
-	Adds     []seal.Hex `json:"adds,omitempty"`
-	Drops    []seal.Hex `json:"drops,omitempty"`
-	Lease    string     `json:"lease,omitempty"`
-	Start    uint64     `json:"start,omitempty"` // state.older after this entry
-	Tiers    int        `json:"tiers,omitempty"` // how many, where an entry tells them
-
-	Locks *Immutability `json:"locks,omitempty"`
-}
-
-// entrySealed is the union of all kinds' sealed parts.
-type entrySealed struct {
-	Point  *Point    `json:"point,omitempty"`
-	Points []PointID `json:"points,omitempty"`
-	Packs  []string  `json:"packs,omitempty"`
-	Items  []badItem `json:"items,omitempty"`
-
-	Keyring string   `json:"keyring,omitempty"` // 8 digits: the newest one
-	Removed []string `json:"removed,omitempty"` // key slots
-	Until   *Until   `json:"until,omitempty"`
-
-	Tiers []Tier `json:"tiers,omitempty"`
-}
-
-// badItem is a copy of an item that cannot be read.
-type badItem struct {
-	Pack seal.Hex `json:"pack"`
-	ID   seal.Hex `json:"id"`
-}
-
-type badKey struct {
+// Copy is one copy of an item: chunks and nodes may lie in several packs.
+type Copy struct {
 	Pack [32]byte
 	ID   pack.ID
 }
 
-// state is what the chain says up to its head. A state is replaced, never
-// changed, once it is in Repo.state.
-type state struct {
+// State is what the chain says up to its head. It is replaced, never changed, once
+// it is handed out, so that it may be read by all.
+type State struct {
 	Head       uint64
-	Digest     [32]byte // of entry head, or of config
-	Points     map[PointID]Point
-	Order      []PointID
+	Digest     [32]byte            // of entry head, or of config
+	Points     map[PointID]Point   // that are not forgotten
+	Order      []PointID           // by their commits; forgotten ones may be among them
 	Committed  map[PointID]uint64  // the entry of each point
 	Forgotten  map[PointID]*Point  // nil for one that no pin can name any more
 	Keep       map[PointID]Until   // marked to stay
 	Indexes    map[[32]byte]bool   // live index objects
-	Added      map[[32]byte]adding // by what entry, of each of those
-	Over       map[string]kind     // leases: committed or revoked
+	Added      map[[32]byte]Adding // by what entry, of each of those
+	Over       map[string]Kind     // leases: committed or revoked
 	Quarantine map[[32]byte]uint64 // packs, and the entry that put them there
-	Bad        map[badKey]bool
-	Time       time.Time       // of the head, for people
-	Keyring    int             // number of the newest one that an entry names
-	Removed    map[string]bool // key slots
-	Tiers      []Tier          // other stores that hold packs; Turned included. Replaced, never changed
-	// quarantined is the newest entry that put packs into quarantine, moved the
+	Bad        map[Copy]bool       // that cannot be read
+	Time       time.Time           // of the head, for people
+	Keyring    int                 // number of the newest one that an entry names
+	Removed    map[string]bool     // key slots
+	Tiers      []Tier              // other stores that hold packs; Turned included. Replaced, never changed
+	// Quarantined is the newest entry that put packs into quarantine, Moved the
 	// newest that changed which copies count: quarantine, sweep, distrust.
 	Quarantined, Moved uint64
-	// mended is the newest entry that put others in the place of lost index
+	// Mended is the newest entry that put others in the place of lost index
 	// objects. What those alone knew of is in the inventory no more.
 	Mended uint64
-	// checkpoint is the number of the newest one, older that of the one before
+	// Checkpoint is the number of the newest one, Older that of the one before
 	// it, from which the chain has to be read.
 	Checkpoint, Older uint64
-	// locks is the rule on immutability; a checkpoint carries its Immutability.
-	Locks lockState
+	// Locks is the rule on immutability; a checkpoint carries its Immutability.
+	Locks LockState
 	// gaps are entries that are damaged or missing. Reading goes on without
 	// them; nothing is appended to a chain with gaps. healed are those before a
 	// checkpoint, which has what they said.
@@ -123,53 +61,51 @@ type state struct {
 	proving bool
 }
 
-// adding tells when, and in which run, an index object was added.
-type adding struct {
+// Adding tells when, and in which run, an index object was added.
+type Adding struct {
 	Entry uint64 `json:"entry"`
 	Lease string `json:"lease,omitempty"` // "" for no run's own
 }
 
-func newState(config [32]byte) *state {
-	return &state{Digest: config, Points: map[PointID]Point{}, Committed: map[PointID]uint64{}, Forgotten: map[PointID]*Point{}, Keep: map[PointID]Until{},
-		Indexes: map[[32]byte]bool{}, Added: map[[32]byte]adding{},
-		Over: map[string]kind{}, Quarantine: map[[32]byte]uint64{}, Bad: map[badKey]bool{}, Removed: map[string]bool{}}
+func newState(config [32]byte) *State {
+	return &State{Digest: config, Points: map[PointID]Point{}, Committed: map[PointID]uint64{}, Forgotten: map[PointID]*Point{}, Keep: map[PointID]Until{},
+		Indexes: map[[32]byte]bool{}, Added: map[[32]byte]Adding{},
+		Over: map[string]Kind{}, Quarantine: map[[32]byte]uint64{}, Bad: map[Copy]bool{}, Removed: map[string]bool{}}
 }
 
-func entryName(n uint64) string { return fmt.Sprintf("chain/%012d", n) }
-
 // apply checks entry n's bytes against the state and takes it in.
-func (c *Chain) apply(ctx context.Context, s *state, p []byte) error {
+func (c *Chain) apply(ctx context.Context, s *State, p []byte) error {
 	n := s.Head + 1
 	raw, err := seal.Parse(p, seal.Entry)
 	if err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+		return fmt.Errorf("%s: %w", Name(n), err)
 	}
 	if err := raw.Verify(c.Repo, c.Verify); err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+		return fmt.Errorf("%s: %w", Name(n), err)
 	}
-	var clear entryClear
-	var sealed entrySealed
+	var clear Clear
+	var sealed Sealed
 	if err := seal.Unmarshal(raw.Clear, &clear); err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+		return fmt.Errorf("%s: %w", Name(n), err)
 	}
 	if clear.Number != n || !s.unknown && !bytes.Equal(clear.Previous, s.Digest[:]) {
-		return fmt.Errorf("%s: %w: it does not follow its predecessor; an entry was exchanged or removed", entryName(n), ErrDamaged)
+		return fmt.Errorf("%s: %w: it does not follow its predecessor; an entry was exchanged or removed", Name(n), seal.ErrDamaged)
 	}
 	master, err := c.Master(ctx, raw.Header.Key)
 	if err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+		return fmt.Errorf("%s: %w", Name(n), err)
 	}
 	content, err := raw.Open(master, "chain")
 	if err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+		return fmt.Errorf("%s: %w", Name(n), err)
 	}
-	if kind(raw.Header.Kind) == kindCheckpoint {
+	if Kind(raw.Header.Kind) == Checkpoint {
 		err = s.takeCheckpoint(&clear, content)
 	} else if err = seal.Unmarshal(content, &sealed); err == nil {
-		err = s.take(kind(raw.Header.Kind), &clear, &sealed)
+		err = s.take(Kind(raw.Header.Kind), &clear, &sealed)
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", entryName(n), err)
+		return fmt.Errorf("%s: %w", Name(n), err)
 	}
 	s.Head, s.Digest, s.unknown, s.Time = n, sha256.Sum256(p), false, clear.Time
 	copy(s.header[:], p)
@@ -177,23 +113,23 @@ func (c *Chain) apply(ctx context.Context, s *state, p []byte) error {
 }
 
 // take changes the state as the entry says.
-func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
+func (s *State) take(k Kind, c *Clear, e *Sealed) error {
 	switch k {
-	case kindAdd:
+	case Add:
 		if len(c.Drops) > 0 {
 			s.Mended, s.Locks.Distrusted = c.Number, c.Number
 		}
-	case kindKeys:
+	case Keys:
 		if err := s.takeKeys(e); err != nil {
 			return err
 		}
-	case kindSweep:
+	case Sweep:
 		s.Moved = c.Number
-	case kindTiers:
+	case Tiers:
 		s.takeTiers(c.Number, e.Tiers)
-	case kindCommit:
+	case Commit:
 		if e.Point == nil || e.Point.ID == "" {
-			return fmt.Errorf("%w: commit without a point", ErrDamaged)
+			return fmt.Errorf("%w: commit without a point", seal.ErrDamaged)
 		}
 		if _, ok := s.Forgotten[e.Point.ID]; ok { // it was copied here once more
 			s.Order = slices.DeleteFunc(s.Order, func(id PointID) bool { return id == e.Point.ID })
@@ -204,7 +140,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 		s.Order = append(s.Order, e.Point.ID)
 		s.Over[c.Lease] = k
 		s.Locks.Commit = c.Number
-	case kindForget:
+	case Forget:
 		for _, id := range e.Points {
 			if p, ok := s.Points[id]; ok {
 				s.Forgotten[id] = &p
@@ -212,7 +148,7 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 				delete(s.Committed, id)
 			}
 		}
-	case kindKeep:
+	case Keep:
 		for _, id := range e.Points {
 			if e.Until == nil || *e.Until == "" {
 				delete(s.Keep, id)
@@ -220,9 +156,9 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 				s.Keep[id] = *e.Until
 			}
 		}
-	case kindRevoke:
+	case Revoke:
 		s.Over[c.Lease] = k
-	case kindQuarantine:
+	case Quarantine:
 		for _, h := range e.Packs {
 			name, err := seal.ParseDigest(h)
 			if err != nil {
@@ -233,28 +169,28 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 			}
 		}
 		s.Quarantined, s.Moved = c.Number, c.Number
-	case kindDistrust:
+	case Distrust:
 		for _, i := range e.Items {
 			if len(i.Pack) != 32 || len(i.ID) != 32 {
-				return fmt.Errorf("%w: distrusted item", ErrDamaged)
+				return fmt.Errorf("%w: distrusted item", seal.ErrDamaged)
 			}
-			s.Bad[badKey{[32]byte(i.Pack), pack.ID(i.ID)}] = true
+			s.Bad[Copy{[32]byte(i.Pack), pack.ID(i.ID)}] = true
 		}
 		s.Moved = c.Number
 		s.Locks.Distrusted = c.Number
-	case kindLocks:
+	case Locks:
 		if err := s.Locks.take(c.Locks); err != nil {
 			return err
 		}
 	default:
-		return fmt.Errorf("%w: chain entry of kind %d", ErrVersion, k)
+		return fmt.Errorf("%w: chain entry of kind %d", seal.ErrVersion, k)
 	}
 	for _, d := range c.Adds {
 		if len(d) != 32 {
-			return fmt.Errorf("%w: index digest", ErrDamaged)
+			return fmt.Errorf("%w: index digest", seal.ErrDamaged)
 		}
 		s.Indexes[[32]byte(d)] = true
-		s.Added[[32]byte(d)] = adding{c.Number, c.Lease}
+		s.Added[[32]byte(d)] = Adding{c.Number, c.Lease}
 	}
 	for _, d := range c.Drops {
 		if len(d) == 32 {
@@ -267,11 +203,11 @@ func (s *state) take(k kind, c *entryClear, e *entrySealed) error {
 }
 
 // takeKeys notes what an entry says of the keys.
-func (s *state) takeKeys(e *entrySealed) error {
+func (s *State) takeKeys(e *Sealed) error {
 	if e.Keyring != "" {
 		n, err := strconv.Atoi(e.Keyring)
 		if err != nil {
-			return fmt.Errorf("%w: keyring %.80q", ErrDamaged, e.Keyring)
+			return fmt.Errorf("%w: keyring %.80q", seal.ErrDamaged, e.Keyring)
 		}
 		s.Keyring = max(s.Keyring, n)
 	}
@@ -282,7 +218,7 @@ func (s *state) takeKeys(e *entrySealed) error {
 }
 
 // takeTiers takes over the tiers that entry n tells.
-func (s *state) takeTiers(n uint64, tiers []Tier) {
+func (s *State) takeTiers(n uint64, tiers []Tier) {
 	tiers = slices.Clone(tiers)
 	for i := range tiers {
 		t := &tiers[i]
@@ -295,8 +231,8 @@ func (s *state) takeTiers(n uint64, tiers []Tier) {
 	s.Moved = n // who has missed a pack looks again
 }
 
-// tier gives a tier of the state, or nil.
-func (s *state) Tier(name string) *Tier {
+// Tier gives the tier of that name, or nil.
+func (s *State) Tier(name string) *Tier {
 	for i := range s.Tiers {
 		if s.Tiers[i].Name == name {
 			return &s.Tiers[i]
@@ -305,8 +241,8 @@ func (s *state) Tier(name string) *Tier {
 	return nil
 }
 
-// hasRoot reports whether a living point has that map.
-func (s *state) HasRoot(root Root) bool {
+// HasRoot reports whether a living point has that map.
+func (s *State) HasRoot(root Root) bool {
 	if root == "zero" {
 		return true
 	}
@@ -325,7 +261,7 @@ func (s *state) HasRoot(root Root) bool {
 	return false
 }
 
-func (s *state) clone() *state {
+func (s *State) clone() *State {
 	c := *s
 	c.Points, c.Committed, c.Indexes, c.Over = cloneMap(s.Points), cloneMap(s.Committed), cloneMap(s.Indexes), cloneMap(s.Over)
 	c.Quarantine, c.Bad, c.Removed = cloneMap(s.Quarantine), cloneMap(s.Bad), cloneMap(s.Removed)
