@@ -151,7 +151,7 @@ func newRotten(t *testing.T, rng *rand.Rand) *rotten {
 		t.Fatal(err)
 	}
 	run.fail(errClosed)
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	err = putSealed(ctx, w.store, run.beatName(1), seal.NewHeader(seal.Beat, 0, number, r.id), map[string]int{"beat": 1}, []byte("{}"), master, "lease")
 	if err != nil {
 		t.Fatal(err)

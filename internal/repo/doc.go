@@ -48,7 +48,7 @@
 //
 // # Locks in this package
 //
-// refreshing (one reader of the chain's news) is taken before learning (one
-// reader of the keyrings), that before mu (the state). No I/O happens under mu.
-// Run.mu and packer.mu are never held together; that of index.Index is taken last.
+// refreshing (one reader of the chain's news) is taken before mu (the state), the
+// lock of keyring.Keys between them. No I/O happens under mu. Run.mu and packer.mu
+// are never held together; that of index.Index is taken last.
 package repo

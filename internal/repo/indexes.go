@@ -98,7 +98,7 @@ func (r *Repo) putIndex(ctx context.Context, packs []index.Pack, supersedes ...s
 	if err != nil {
 		return [32]byte{}, err
 	}
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	d := seal.Document{Header: seal.NewHeader(seal.Index, 0, number, r.id), Clear: clear, Sealed: index.Marshal(packs)}
 	p, err := d.Marshal(master, "index", r.sign)
 	if err != nil {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strings"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -107,18 +106,16 @@ func (k *keyless) chain(ctx context.Context) error {
 // keys looks at the form of key slots and keyrings. That they open cannot be
 // told from here.
 func (k *keyless) keys(ctx context.Context) error {
-	for _, w := range []struct{ prefix, magic string }{{"keys/", seal.Slot}, {"keyring/", seal.Keyring}} {
-		names, err := blob.Names(ctx, k.store, w.prefix)
+	for _, dir := range []string{"keys", "keyring"} {
+		names, err := blob.Names(ctx, k.store, dir+"/")
 		if err != nil {
 			return err
 		}
 		mine := 0
 		for _, name := range names {
-			var err error
-			if w.magic == seal.Slot {
-				_, err = getSlot(ctx, k.store, name, k.id)
-			} else {
-				_, err = getDocument(ctx, k.store, name, w.magic, k.id)
+			p, err := k.store.Get(ctx, name, 0, -1)
+			if err == nil {
+				err = Check(name, p, k.id)
 			}
 			switch {
 			case err == nil:
@@ -130,7 +127,7 @@ func (k *keyless) keys(ctx context.Context) error {
 			}
 		}
 		if mine == 0 {
-			k.problem(strings.TrimSuffix(w.prefix, "/"), "none is left: the repository cannot be opened; put them back from a copy of it")
+			k.problem(dir, "none is left: the repository cannot be opened; put them back from a copy of it")
 		}
 	}
 	return nil

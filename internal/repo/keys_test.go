@@ -454,7 +454,7 @@ func TestKeysPowerLoss(t *testing.T) {
 						}
 						clean(t, r, false)
 						for _, pass := range c.opens[1:] {
-							if u, err := unlock(ctx, store, r.id, pass, nil, "", nil); err != nil || u.number != r.Keyring().Number {
+							if u, err := unlock(ctx, store, r.id, means{passphrase: pass}); err != nil || u.number != r.Keyring().Number {
 								t.Fatalf("%s: %s: %v", where, pass, err)
 							}
 						}

@@ -76,7 +76,7 @@ func (r *Repo) readLease(ctx context.Context, session string) (Lease, error) {
 	if err != nil {
 		return l, err
 	}
-	master, err := r.ring.Master(raw.Header.Key)
+	master, err := r.keys.Master(raw.Header.Key)
 	if err != nil {
 		return l, err
 	}

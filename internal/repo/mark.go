@@ -614,7 +614,7 @@ func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
 	if err != nil {
 		return "", err
 	}
-	master, err := r.ring.Master(raw.Header.Key)
+	master, err := r.keys.Master(raw.Header.Key)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", name, err)
 	}

@@ -53,7 +53,7 @@ func (r *Repo) putPin(ctx context.Context, session string, id PointID) error {
 	if err != nil {
 		return err
 	}
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	return putSealed(ctx, r.store, pinName(session, id), seal.NewHeader(seal.Pin, 0, number, r.id), struct{}{}, p, master, "pin")
 }
 

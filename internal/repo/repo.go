@@ -51,7 +51,6 @@ const (
 var (
 	ErrNotRepository = errors.New("not a Holdfast repository")
 	ErrExist         = errors.New("there is a repository already")
-	ErrPassphrase    = errors.New("wrong passphrase")
 	// ErrVersion: the repository was written in a format this program does not know.
 	ErrVersion = seal.ErrVersion
 	// ErrDamaged: something stored is missing, shorter, or not what it was.
@@ -106,7 +105,7 @@ type Repo struct {
 	id    [16]byte
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
-	ring  liveRing
+	keys  *Keys
 	chain *chain.Chain
 	cache string // directory of this repository's cache
 
@@ -118,12 +117,9 @@ type Repo struct {
 
 	chunkIDs, nodeIDs sync.Pool // hash.Hash, keyed
 
-	secret  []byte   // the passphrase, to follow a change of the root key; may be empty
 	slotKDF seal.KDF // of new passphrases
 
-	refreshing sync.Mutex // held while the chain's news is read; before learning and mu
-	learning   sync.Mutex // held while keyrings are read
-	ringNames  []string   // the keyrings that were read last; guarded by learning
+	refreshing sync.Mutex // held while the chain's news is read; before mu
 
 	mu    sync.RWMutex // guards state and what was found about lost index objects
 	state *chain.State
@@ -145,7 +141,7 @@ func (r *Repo) ID() string { return hex.EncodeToString(r.id[:]) }
 
 // Key opens the repository in another process: Options.Key. It is as secret as
 // a passphrase, and holds until the root key is changed.
-func (r *Repo) Key() []byte { return bytes.Clone(r.ring.now.Load().root[:]) }
+func (r *Repo) Key() []byte { return bytes.Clone(r.keys.Now().root[:]) }
 
 // Close releases the index cache. No other call may be under way.
 func (r *Repo) Close() error { return r.index.Close() }
@@ -195,7 +191,7 @@ func keyedHash(pool *sync.Pool, p []byte) (id pack.ID) {
 }
 
 func (r *Repo) deriveIDs() {
-	ids := (*seal.Key)(r.ring.now.Load().ring.IDs)
+	ids := (*seal.Key)(r.keys.Now().ring.IDs)
 	keyed := func(purpose string) func() any {
 		key := ids.Derive(nil, purpose)
 		return func() any {

@@ -39,7 +39,7 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 	if err := r.learn(ctx); err != nil {
 		return nil, err
 	}
-	u, s := r.ring.now.Load(), r.current()
+	u, s := r.keys.Now(), r.current()
 	if damage := s.Damage(); len(damage) > 0 {
 		return nil, fmt.Errorf("%s; keys cannot be changed before it is back: put it back from a copy of the repository", damage[0])
 	}
@@ -62,10 +62,7 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 // putRing stores the keyring that follows u, with a new master key: the moment
 // in which the keys change.
 func (r *Repo) putRing(ctx context.Context, u *unlocked, root *seal.Key, generation int) error {
-	next := *u.ring
-	master := randomKey()
-	next.Masters = append(slices.Clone(u.ring.Masters), seal.Master{Number: uint32(len(u.ring.Masters) + 1), Key: master[:]})
-	p, err := sealRing(r.id, root, generation, &next)
+	p, err := sealRing(r.id, root, generation, u.nextRing())
 	if err != nil {
 		return err
 	}
@@ -112,11 +109,11 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 	if err != nil {
 		return RootChange{}, err
 	}
-	next := &unlocked{root: randomKey(), generation: u.generation + 1}
+	next := u.nextRoot()
 	change := RootChange{Dropped: dropped}
 	for i := range kept {
 		k := &kept[i]
-		if k.id, err = putSlot(ctx, r.store, r.id, next.root, k.secret(), k.newKDF(r.slotKDF, next.generation)); err != nil {
+		if k.id, err = putSlot(ctx, r.store, r.id, next.root, k.cred.secret(k.kdf.Kind), k.newKDF(r.slotKDF, next.generation)); err != nil {
 			return RootChange{}, errors.Join(err, r.dropSlots(ctx, kept[:i]))
 		}
 	}
@@ -127,7 +124,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 		return RootChange{}, err // the keyring may be there: its slots must stay
 	}
 	for _, k := range kept { // before anything old is deleted
-		v, err := unlock(ctx, r.store, r.id, k.cred.text, nil, k.id, r.current().Removed)
+		v, err := unlock(ctx, r.store, r.id, means{passphrase: k.cred.text, first: k.id, removed: r.current().Removed})
 		if err != nil || !bytes.Equal(v.root[:], next.root[:]) {
 			return RootChange{}, fmt.Errorf("the new keys were read back and do not open: %w; nothing old was deleted", errors.Join(ErrDamaged, err))
 		}
@@ -138,7 +135,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 	if err := r.announceKeys(ctx, u.number+1); err != nil {
 		return RootChange{}, err
 	}
-	r.ring.now.Store(next)
+	r.keys.Set(next)
 	r.lockKeys(ctx)
 	if err := r.tidy(ctx); err != nil {
 		return RootChange{}, err
@@ -161,13 +158,6 @@ type keptSlot struct {
 	own  bool // it opened this Repo
 }
 
-func (k *keptSlot) secret() []byte {
-	if k.kdf.Kind == seal.KindRecovery {
-		return k.cred.recovery
-	}
-	return k.cred.text
-}
-
 // newKDF is the old slot's label and kind, at today's cost.
 func (k *keptSlot) newKDF(passphrase seal.KDF, generation int) seal.KDF {
 	kdf := passphrase
@@ -184,8 +174,8 @@ func (r *Repo) partSlots(ctx context.Context, u *unlocked, passphrases [][]byte)
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(r.secret) > 0 {
-		passphrases = append([][]byte{r.secret}, passphrases...)
+	if len(r.keys.Secret) > 0 {
+		passphrases = append([][]byte{r.keys.Secret}, passphrases...)
 	}
 	taken := map[string]bool{}
 	for i, p := range passphrases {

@@ -105,7 +105,7 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	if err != nil {
 		return nil, err
 	}
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	clear := map[string]any{"lease": lease, "chain": r.current().Head}
 	err = putSealed(ctx, r.store, "leases/"+lease, seal.NewHeader(seal.Lease, 0, number, r.id), clear, who, master, "lease")
 	if err != nil {
@@ -142,7 +142,7 @@ func (run *Run) beat() {
 			return
 		case <-t.C:
 		}
-		number, master := run.r.ring.Newest()
+		number, master := run.r.keys.Newest()
 		err := putSealed(run.ctx, run.r.store, run.beatName(n), seal.NewHeader(seal.Beat, 0, number, run.r.id),
 			map[string]int{"beat": n}, []byte("{}"), master, "lease")
 		if err == nil && n > 1 {

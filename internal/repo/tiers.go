@@ -201,7 +201,7 @@ func (r *Repo) claimStore(ctx context.Context, name string, far blob.Store, know
 		}
 		return fmt.Errorf("it is not empty (it holds %s): a tier needs a place of its own", i.Name)
 	}
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	err = putSealed(ctx, far, tierName, seal.NewHeader(seal.Tier, 0, number, r.id), map[string]string{"name": name}, []byte("{}"), master, "tier")
 	if err != nil && !errors.Is(err, blob.ErrExist) {
 		return err

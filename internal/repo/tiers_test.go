@@ -254,7 +254,7 @@ func TestTierForked(t *testing.T) {
 		t.Error("moved")
 	}
 	// The same if it was cut off before it took the mark away.
-	number, master := old.ring.Newest()
+	number, master := old.keys.Newest()
 	if err := putSealed(ctx, w.far, tierName, seal.NewHeader(seal.Tier, 0, number, old.id), map[string]string{"name": "far"}, []byte("{}"), master, "tier"); err != nil {
 		t.Fatal(err)
 	}
