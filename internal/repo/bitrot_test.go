@@ -11,6 +11,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -126,7 +127,7 @@ func newRotten(t *testing.T, rng *rand.Rand) *rotten {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.slot, w.oldRing = slotName(slot.ID), ringName(r.id, 1)
+	w.slot, w.oldRing = keyring.SlotName(slot.ID), keyring.Name(r.id, 1)
 	content := bytes.Repeat([]byte("a disk of some text "), 4*ChunkSize/20)
 	fillRandom(rng, content[ChunkSize:ChunkSize+300])
 	for i := range 2 {

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -61,33 +62,33 @@ func (r *Repo) readBeat(ctx context.Context, name string) error {
 // keys checks that keyrings and slots can be read, and that the newest keyring is
 // there.
 func (c *checker) keys(ctx context.Context) error {
-	rings, err := readRings(ctx, c.r.store, c.r.id)
+	rings, err := keyring.Read(ctx, c.r.store, c.r.id)
 	if err != nil {
 		return err
 	}
-	if known := c.r.current().Keyring; known > rings.newest() {
-		c.problem(Problem{Object: ringName(c.r.id, known), What: "missing or damaged: what was stored since it was made cannot be read; put it back with \"holdfast key import\", or from a copy of the repository"})
-	} else if rings.damage != nil && len(rings.list) == 0 {
-		c.problem(Problem{Object: "keyring", What: rings.damage.Error()})
+	if known := c.r.current().Keyring; known > rings.Newest() {
+		c.problem(Problem{Object: keyring.Name(c.r.id, known), What: "missing or damaged: what was stored since it was made cannot be read; put it back with \"holdfast key import\", or from a copy of the repository"})
+	} else if rings.Damage != nil && len(rings.List) == 0 {
+		c.problem(Problem{Object: "keyring", What: rings.Damage.Error()})
 	}
-	for name, err := range rings.bad {
-		if name != ringName(c.r.id, c.r.current().Keyring) {
+	for name, err := range rings.Bad {
+		if name != keyring.Name(c.r.id, c.r.current().Keyring) {
 			c.problem(Problem{Object: name, What: err.Error()})
 		}
 	}
 	u := c.r.keys.Now()
-	for _, d := range rings.list { // the older ones, too: whoever puts back a lost keyring goes on from them
-		if err := d.check(u); err != nil {
-			c.problem(Problem{Object: d.name, What: err.Error() + "; put it back with \"holdfast key import\", or from a copy of the repository"})
+	for _, d := range rings.List { // the older ones, too: whoever puts back a lost keyring goes on from them
+		if err := d.Check(u); err != nil {
+			c.problem(Problem{Object: d.Name, What: err.Error() + "; put it back with \"holdfast key import\", or from a copy of the repository"})
 		}
 	}
-	slots, err := readSlots(ctx, c.r.store, c.r.id)
+	slots, err := keyring.ReadSlots(ctx, c.r.store, c.r.id)
 	if err != nil {
 		return err
 	}
 	for _, k := range slots {
-		if k.err != nil {
-			c.problem(Problem{Object: slotName(k.id), What: k.err.Error() + "; remove it with \"holdfast key remove\", and add its passphrase again"})
+		if k.Err != nil {
+			c.problem(Problem{Object: keyring.SlotName(k.ID), What: k.Err.Error() + "; remove it with \"holdfast key remove\", and add its passphrase again"})
 		}
 	}
 	return nil

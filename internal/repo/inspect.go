@@ -338,7 +338,7 @@ func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secr
 }
 
 func (r *Repo) dissectRing(o *Object, raw *seal.Raw, secrets bool) error {
-	content, err := raw.Open(r.keys.Now().root, "keyring")
+	content, err := raw.Open(r.keys.Now().Root, "keyring")
 	if err != nil {
 		return fmt.Errorf("the root key does not open it: %w", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/pack"
 )
 
@@ -36,10 +37,10 @@ func TestObject(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, m := range r.keys.Now().ring.Masters {
+			for _, m := range r.keys.Now().Ring.Masters {
 				key, _ := json.Marshal(m.Key)
 				shows := strings.Contains(string(b), strings.Trim(string(key), `"`))
-				newest := name == ringName(r.id, 2)
+				newest := name == keyring.Name(r.id, 2)
 				if shows && !secrets || newest && secrets && !shows {
 					t.Errorf("%s, secrets %v: master key %d shows: %v", name, secrets, m.Number, shows)
 				}

@@ -14,6 +14,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -53,19 +54,19 @@ func (r *Repo) ExportKeys(ctx context.Context) ([]byte, error) {
 	if r.remaining(docs, u, "") == 0 {
 		return nil, fmt.Errorf("keys: %w: no key slot opens the newest keyring", ErrDamaged)
 	}
-	rings, err := readRings(ctx, r.store, r.id)
+	rings, err := keyring.Read(ctx, r.store, r.id)
 	if err != nil {
 		return nil, err
 	}
 	var names []string
 	for _, k := range docs {
 		if r.slotState(u, k) == SlotCurrent {
-			names = append(names, slotName(k.id))
+			names = append(names, keyring.SlotName(k.ID))
 		}
 	}
-	for _, d := range rings.list {
-		if d.opens(u.root) {
-			names = append(names, d.name)
+	for _, d := range rings.List {
+		if d.Opens(u.Root) {
+			names = append(names, d.Name)
 		}
 	}
 	f := keyFile{Format: keyFileFormat, Version: keyFileVersion, Repository: r.ID(), Made: time.Now().UTC()}
@@ -102,13 +103,13 @@ func ImportKeys(ctx context.Context, s blob.Store, file []byte, dryRun bool) (Ke
 	if err := belongs(ctx, s, id); err != nil {
 		return done, err
 	}
-	rings, err := readRings(ctx, s, id)
+	rings, err := keyring.Read(ctx, s, id)
 	if err != nil {
 		return done, err
 	}
 	generation := 0 // of the newest keyring there
-	if len(rings.list) > 0 {
-		generation = rings.list[0].generation()
+	if len(rings.List) > 0 {
+		generation = rings.List[0].Generation()
 	}
 	for _, o := range f.Objects {
 		there, err := s.Get(ctx, o.Name, 0, -1)
@@ -119,7 +120,7 @@ func ImportKeys(ctx context.Context, s blob.Store, file []byte, dryRun bool) (Ke
 			done.Differs = append(done.Differs, o.Name)
 		case !errors.Is(err, blob.ErrNotExist):
 			return done, err
-		case o.Name != configName && Generation(o.Name, o.Data) < generation:
+		case o.Name != configName && keyring.Generation(o.Name, o.Data) < generation:
 			done.Old = append(done.Old, o.Name)
 		default:
 			if !dryRun {
@@ -173,7 +174,7 @@ func checkKeyObject(o keyObject, id [16]byte) error {
 		}
 		return err
 	}
-	return Check(o.Name, o.Data, id)
+	return keyring.Check(o.Name, o.Data, id)
 }
 
 // belongs refuses a store that is another repository's, or nobody's.

@@ -13,6 +13,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -115,7 +116,7 @@ func (k *keyless) keys(ctx context.Context) error {
 		for _, name := range names {
 			p, err := k.store.Get(ctx, name, 0, -1)
 			if err == nil {
-				err = Check(name, p, k.id)
+				err = keyring.Check(name, p, k.id)
 			}
 			switch {
 			case err == nil:

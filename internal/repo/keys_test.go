@@ -12,6 +12,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -147,69 +148,14 @@ func TestRecoveryKey(t *testing.T) {
 		}
 	}
 	wrong := []byte(printed)
-	if wrong[12]++; wrong[12] == '-' || !strings.ContainsRune(recoveryAlphabet, rune(wrong[12])) {
-		wrong[12] = '7'
-		if printed[12] == '7' {
-			wrong[12] = '8'
-		}
+	if wrong[12] = '7'; printed[12] == '7' {
+		wrong[12] = '8'
 	}
 	if _, err := openAs(t, store, wrong); !errors.Is(err, ErrPassphrase) || !strings.Contains(err.Error(), "mistyped: 3") {
 		t.Errorf("mistyped: %v", err)
 	}
 	if _, err := openAs(t, store, []byte(printed[6:])); !errors.Is(err, ErrPassphrase) || !strings.Contains(err.Error(), "60 characters") {
 		t.Errorf("short: %v", err)
-	}
-}
-
-// Every single mistake in a recovery key is found, and none of the ways to write
-// it matters.
-func TestRecoveryForm(t *testing.T) {
-	rng := rng(t)
-	for range 200 {
-		var key [32]byte
-		for i := range key {
-			key[i] = byte(rng.Uint32())
-		}
-		printed := formatRecovery(key)
-		if len(printed) != 77 {
-			t.Fatalf("%q", printed)
-		}
-		got, err := parseRecovery(printed)
-		if err != nil || !bytes.Equal(got, key[:]) {
-			t.Fatalf("%q: %x, %v", printed, got, err)
-		}
-		for i := range printed {
-			if printed[i] == '-' {
-				continue
-			}
-			p := []byte(printed)
-			for p[i] == printed[i] {
-				p[i] = recoveryAlphabet[rng.IntN(32)]
-			}
-			if got, err := parseRecovery(string(p)); got != nil || err == nil {
-				t.Fatalf("%q for %q goes through", p, printed)
-			}
-			p = []byte(printed)
-			if i+1 < len(p) && p[i+1] != '-' && p[i] != p[i+1] {
-				p[i], p[i+1] = p[i+1], p[i]
-				if got, err := parseRecovery(string(p)); got != nil || err == nil {
-					t.Fatalf("%q for %q goes through", p, printed)
-				}
-			}
-		}
-		groups := strings.Split(printed, "-")
-		a, b := rng.IntN(13), rng.IntN(13)
-		if groups[a] != groups[b] {
-			groups[a], groups[b] = groups[b], groups[a]
-			if got, err := parseRecovery(strings.Join(groups, "-")); got != nil || err == nil {
-				t.Fatalf("groups %d and %d exchanged go through", a, b)
-			}
-		}
-	}
-	for _, s := range []string{"", "correct horse battery staple", strings.Repeat("A", 65), strings.Repeat("ab ", 30), strings.Repeat("日", 65)} {
-		if got, err := parseRecovery(s); got != nil || err != nil && strings.Contains(s, "horse") {
-			t.Errorf("%q: %x, %v", s, got, err)
-		}
 	}
 }
 
@@ -454,7 +400,7 @@ func TestKeysPowerLoss(t *testing.T) {
 						}
 						clean(t, r, false)
 						for _, pass := range c.opens[1:] {
-							if u, err := unlock(ctx, store, r.id, means{passphrase: pass}); err != nil || u.number != r.Keyring().Number {
+							if u, err := keyring.Unlock(ctx, store, r.id, keyring.Means{Passphrase: pass}); err != nil || u.Number != r.Keyring().Number {
 								t.Fatalf("%s: %s: %v", where, pass, err)
 							}
 						}
@@ -504,7 +450,7 @@ func TestLostKeyring(t *testing.T) {
 	if _, err := save(r, "b", image(rand.New(rand.NewPCG(9, 9)), 5*ChunkSize), nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	lost := ringName(r.id, 2)
+	lost := keyring.Name(r.id, 2)
 	for what, damage := range map[string]func(*blob.Mem){
 		"missing": func(s *blob.Mem) { s.Delete(ctx, lost) },
 		"damaged": func(s *blob.Mem) { s.Damage(lost, func(p []byte) []byte { p[len(p)-1] ^= 1; return p }) },

@@ -79,7 +79,7 @@ func TestLesson07NoClockDecides(t *testing.T) {
 		"Run.announceSome": "when to announce again, monotonic",
 		"Run.settle":       "when to announce again, monotonic",
 		"Chain.Put":        "a label of the entry, for people",
-		"putSlot":          "a label of the key slot, for people",
+		"PutSlot":          "a label of the key slot, for people",
 		"initialize":       "a label of the repository, for people",
 		"Open":             "until when a lock is asked for: the store alone decides when it has ended",
 		"Repo.ExportKeys":  "a label of the file, for people",

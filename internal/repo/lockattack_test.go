@@ -12,6 +12,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/repo/internal/keyring"
 )
 
 // lockHook calls a function before each lock.
@@ -381,7 +382,7 @@ func TestLockedKeys(t *testing.T) {
 	if err := r.RemoveSlot(ctx, gone.ID, ""); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := store.Get(ctx, slotName(gone.ID), 0, -1); err != nil {
+	if _, err := store.Get(ctx, keyring.SlotName(gone.ID), 0, -1); err != nil {
 		t.Fatalf("the lock did not hold: %v", err)
 	}
 	if _, err := openAs(t, store, second); !errors.Is(err, ErrPassphrase) {

@@ -14,6 +14,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/keyring"
 )
 
 const (
@@ -263,10 +264,10 @@ func (r *Repo) keyNames(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	names := []string{configName, u.name}
+	names := []string{configName, u.Name}
 	for _, k := range docs {
 		if r.slotState(u, k) == SlotCurrent {
-			names = append(names, slotName(k.id))
+			names = append(names, keyring.SlotName(k.ID))
 		}
 	}
 	return names, nil

@@ -13,6 +13,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -133,7 +134,7 @@ func (m *mirrorer) keys(ctx context.Context) error {
 			continue
 		}
 		for _, k := range docs {
-			if !slices.Contains(slots, slotName(k.id)) {
+			if !slices.Contains(slots, keyring.SlotName(k.ID)) {
 				return errMoved
 			}
 		}

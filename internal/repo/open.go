@@ -19,6 +19,7 @@ import (
 	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -58,17 +59,17 @@ func initialize(ctx context.Context, s blob.Store, passphrase []byte, o Options,
 	}
 	var repo [16]byte
 	rand.Read(repo[:])
-	u := firstRing()
-	sign := ed25519.NewKeyFromSeed(u.ring.Sign)
-	kdf.Root = u.generation
-	if _, err := putSlot(ctx, s, repo, u.root, passphrase, kdf); err != nil {
+	u := keyring.New()
+	sign := ed25519.NewKeyFromSeed(u.Ring.Sign)
+	kdf.Root = u.Generation
+	if _, err := keyring.PutSlot(ctx, s, repo, u.Root, passphrase, kdf); err != nil {
 		return nil, err
 	}
-	p, err := sealRing(repo, u.root, u.generation, u.ring)
+	p, err := keyring.Seal(repo, u.Root, u.Generation, u.Ring)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.Put(ctx, ringName(repo, u.number), p); err != nil {
+	if err := s.Put(ctx, keyring.Name(repo, u.Number), p); err != nil {
 		return nil, err
 	}
 	clear, err := json.Marshal(config{tree.ChunkSize, tree.Fanout, seal.Hex(sign.Public().(ed25519.PublicKey)), []string{}, time.Now().UTC()})
@@ -126,13 +127,13 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	}
 	r.cache = filepath.Join(o.Cache, r.ID())
 	r.locks, r.now = locksIn(r.cache), time.Now
-	r.keys = &Keys{Store: tiers, Repo: id, Secret: bytes.Clone(passphrase)}
-	u, err := unlock(ctx, s, id, means{passphrase: passphrase, key: o.Key, first: r.usedSlot()})
+	r.keys = &keyring.Keys{Store: tiers, Repo: id, Secret: bytes.Clone(passphrase)}
+	u, err := keyring.Unlock(ctx, s, id, keyring.Means{Passphrase: passphrase, Key: o.Key, First: r.usedSlot()})
 	if err != nil {
 		return nil, err
 	}
 	r.keys.Set(u)
-	r.sign = ed25519.NewKeyFromSeed(u.ring.Sign)
+	r.sign = ed25519.NewKeyFromSeed(u.Ring.Sign)
 	if !r.pub.Equal(r.sign.Public()) {
 		return nil, fmt.Errorf("config: %w: its verify key is not this repository's", ErrDamaged)
 	}
@@ -150,7 +151,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if err := r.settle(ctx); err != nil {
 		return nil, err
 	}
-	if r.state.Keyring > u.number {
+	if r.state.Keyring > u.Number {
 		if err := r.learn(ctx); err != nil {
 			return nil, err
 		}
@@ -202,34 +203,34 @@ func (r *Repo) useSlot(id string) {
 // root key that was replaced.
 func (r *Repo) stillOpens(ctx context.Context) error {
 	s := r.current()
-	if u := r.keys.Now(); s.Removed[u.slot] {
-		docs, err := readSlots(ctx, r.store, r.id)
+	if u := r.keys.Now(); s.Removed[u.Slot] {
+		docs, err := keyring.ReadSlots(ctx, r.store, r.id)
 		if err != nil {
 			return err
 		}
 		if r.remaining(docs, u, "") > 0 { // with nothing else left it is better than none
-			again, err := unlock(ctx, r.store, r.id, means{passphrase: r.keys.Secret, removed: s.Removed})
+			again, err := keyring.Unlock(ctx, r.store, r.id, keyring.Means{Passphrase: r.keys.Secret, Removed: s.Removed})
 			if err != nil {
-				return fmt.Errorf("key %s was removed: %w", u.slot, err)
+				return fmt.Errorf("key %s was removed: %w", u.Slot, err)
 			}
 			r.keys.Set(again) // another slot for the same passphrase
 		}
 	}
 	u := r.keys.Now()
-	if s.Keyring > u.number {
-		name := ringName(r.id, s.Keyring)
+	if s.Keyring > u.Number {
+		name := keyring.Name(r.id, s.Keyring)
 		p, err := r.store.Get(ctx, name, 0, -1)
 		if err == nil {
-			err = Check(name, p, r.id)
+			err = keyring.Check(name, p, r.id)
 		}
 		switch {
-		case err == nil && Generation(name, p) > u.generation:
+		case err == nil && keyring.Generation(name, p) > u.Generation:
 			return ErrKeys
 		case err != nil && !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion):
 			return err
 		}
 	}
-	r.useSlot(u.slot)
+	r.useSlot(u.Slot)
 	return nil
 }
 

@@ -17,6 +17,7 @@ import (
 	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
@@ -51,6 +52,8 @@ const (
 var (
 	ErrNotRepository = errors.New("not a Holdfast repository")
 	ErrExist         = errors.New("there is a repository already")
+	// ErrPassphrase: no key slot opens with it.
+	ErrPassphrase = keyring.ErrPassphrase
 	// ErrVersion: the repository was written in a format this program does not know.
 	ErrVersion = seal.ErrVersion
 	// ErrDamaged: something stored is missing, shorter, or not what it was.
@@ -105,7 +108,7 @@ type Repo struct {
 	id    [16]byte
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
-	keys  *Keys
+	keys  *keyring.Keys
 	chain *chain.Chain
 	cache string // directory of this repository's cache
 
@@ -141,7 +144,7 @@ func (r *Repo) ID() string { return hex.EncodeToString(r.id[:]) }
 
 // Key opens the repository in another process: Options.Key. It is as secret as
 // a passphrase, and holds until the root key is changed.
-func (r *Repo) Key() []byte { return bytes.Clone(r.keys.Now().root[:]) }
+func (r *Repo) Key() []byte { return bytes.Clone(r.keys.Now().Root[:]) }
 
 // Close releases the index cache. No other call may be under way.
 func (r *Repo) Close() error { return r.index.Close() }
@@ -191,7 +194,7 @@ func keyedHash(pool *sync.Pool, p []byte) (id pack.ID) {
 }
 
 func (r *Repo) deriveIDs() {
-	ids := (*seal.Key)(r.keys.Now().ring.IDs)
+	ids := (*seal.Key)(r.keys.Now().Ring.IDs)
 	keyed := func(purpose string) func() any {
 		key := ids.Derive(nil, purpose)
 		return func() any {

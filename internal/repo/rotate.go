@@ -9,6 +9,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -20,10 +21,10 @@ func (r *Repo) Rotate(ctx context.Context) (Keyring, error) {
 	if err != nil {
 		return Keyring{}, err
 	}
-	if err := r.putRing(ctx, u, u.root, u.generation); err != nil {
+	if err := r.putRing(ctx, u, u.Root, u.Generation); err != nil {
 		return Keyring{}, err
 	}
-	if err := r.announceKeys(ctx, u.number+1); err != nil {
+	if err := r.announceKeys(ctx, u.Number+1); err != nil {
 		return Keyring{}, err
 	}
 	err = r.learn(ctx)
@@ -32,7 +33,7 @@ func (r *Repo) Rotate(ctx context.Context) (Keyring, error) {
 }
 
 // changeable gives what a change of keys starts from: the newest keyring.
-func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
+func (r *Repo) changeable(ctx context.Context) (*keyring.Unlocked, error) {
 	if err := r.refresh(ctx); err != nil {
 		return nil, err
 	}
@@ -49,24 +50,24 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 	}
 	// A number that was used before would hide the keyring that had it.
 	for _, name := range names {
-		if n, err := ringNumber(name); err == nil && n > u.number && name == ringName(r.id, n) {
+		if n, err := keyring.Number(name); err == nil && n > u.Number && name == keyring.Name(r.id, n) {
 			return nil, fmt.Errorf("%s: %w, or it is damaged: it does not open; use another passphrase, or put it back from a copy of the repository", name, ErrKeys)
 		}
 	}
-	if s.Keyring > u.number {
-		return nil, fmt.Errorf("%s: %w: missing; put it back from a copy of the repository", ringName(r.id, s.Keyring), ErrDamaged)
+	if s.Keyring > u.Number {
+		return nil, fmt.Errorf("%s: %w: missing; put it back from a copy of the repository", keyring.Name(r.id, s.Keyring), ErrDamaged)
 	}
 	return u, nil
 }
 
 // putRing stores the keyring that follows u, with a new master key: the moment
 // in which the keys change.
-func (r *Repo) putRing(ctx context.Context, u *unlocked, root *seal.Key, generation int) error {
-	p, err := sealRing(r.id, root, generation, u.nextRing())
+func (r *Repo) putRing(ctx context.Context, u *keyring.Unlocked, root *seal.Key, generation int) error {
+	p, err := keyring.Seal(r.id, root, generation, u.NextRing())
 	if err != nil {
 		return err
 	}
-	mine, err := blob.Claim(ctx, r.store, ringName(r.id, u.number+1), p)
+	mine, err := blob.Claim(ctx, r.store, keyring.Name(r.id, u.Number+1), p)
 	if err != nil {
 		return fmt.Errorf("store the new keyring: %w", err)
 	}
@@ -109,30 +110,30 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 	if err != nil {
 		return RootChange{}, err
 	}
-	next := u.nextRoot()
+	next := u.NextRoot()
 	change := RootChange{Dropped: dropped}
 	for i := range kept {
 		k := &kept[i]
-		if k.id, err = putSlot(ctx, r.store, r.id, next.root, k.cred.secret(k.kdf.Kind), k.newKDF(r.slotKDF, next.generation)); err != nil {
+		if k.id, err = keyring.PutSlot(ctx, r.store, r.id, next.Root, k.cred.Secret(k.kdf.Kind), k.newKDF(r.slotKDF, next.Generation)); err != nil {
 			return RootChange{}, errors.Join(err, r.dropSlots(ctx, kept[:i]))
 		}
 	}
-	err = r.putRing(ctx, u, next.root, next.generation)
+	err = r.putRing(ctx, u, next.Root, next.Generation)
 	if errors.Is(err, errLostRace) {
 		return RootChange{}, errors.Join(err, r.dropSlots(ctx, kept))
 	} else if err != nil {
 		return RootChange{}, err // the keyring may be there: its slots must stay
 	}
 	for _, k := range kept { // before anything old is deleted
-		v, err := unlock(ctx, r.store, r.id, means{passphrase: k.cred.text, first: k.id, removed: r.current().Removed})
-		if err != nil || !bytes.Equal(v.root[:], next.root[:]) {
+		v, err := keyring.Unlock(ctx, r.store, r.id, keyring.Means{Passphrase: k.cred.Text, First: k.id, Removed: r.current().Removed})
+		if err != nil || !bytes.Equal(v.Root[:], next.Root[:]) {
 			return RootChange{}, fmt.Errorf("the new keys were read back and do not open: %w; nothing old was deleted", errors.Join(ErrDamaged, err))
 		}
-		if k.own || next.ring == nil {
+		if k.own || next.Ring == nil {
 			next = v
 		}
 	}
-	if err := r.announceKeys(ctx, u.number+1); err != nil {
+	if err := r.announceKeys(ctx, u.Number+1); err != nil {
 		return RootChange{}, err
 	}
 	r.keys.Set(next)
@@ -154,7 +155,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 type keptSlot struct {
 	id   string // of the new slot
 	kdf  seal.KDF
-	cred *credential
+	cred *keyring.Credential
 	own  bool // it opened this Repo
 }
 
@@ -169,8 +170,8 @@ func (k *keptSlot) newKDF(passphrase seal.KDF, generation int) seal.KDF {
 }
 
 // partSlots finds the slots that passphrases open, and those that stay behind.
-func (r *Repo) partSlots(ctx context.Context, u *unlocked, passphrases [][]byte) (kept []keptSlot, dropped []Slot, err error) {
-	docs, err := readSlots(ctx, r.store, r.id)
+func (r *Repo) partSlots(ctx context.Context, u *keyring.Unlocked, passphrases [][]byte) (kept []keptSlot, dropped []Slot, err error) {
+	docs, err := keyring.ReadSlots(ctx, r.store, r.id)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -179,25 +180,25 @@ func (r *Repo) partSlots(ctx context.Context, u *unlocked, passphrases [][]byte)
 	}
 	taken := map[string]bool{}
 	for i, p := range passphrases {
-		c := newCredential(p)
+		c := keyring.NewCredential(p)
 		found := false
 		for _, k := range docs {
 			if r.slotState(u, k) != SlotCurrent {
 				continue
 			}
-			if root, err := k.open(c); err != nil || !bytes.Equal(root[:], u.root[:]) {
+			if root, err := k.Open(c); err != nil || !bytes.Equal(root[:], u.Root[:]) {
 				continue
 			}
 			found = true
-			if !taken[k.id] {
-				taken[k.id] = true
-				kept = append(kept, keptSlot{kdf: k.kdf, cred: c, own: k.id == u.slot})
+			if !taken[k.ID] {
+				taken[k.ID] = true
+				kept = append(kept, keptSlot{kdf: k.KDF, cred: c, own: k.ID == u.Slot})
 			}
 			break
 		}
 		if !found {
-			if c.mistyped != nil {
-				return nil, nil, fmt.Errorf("passphrase %d: %w: it looks like a recovery key, but %w", i+1, ErrPassphrase, c.mistyped)
+			if c.Mistyped != nil {
+				return nil, nil, fmt.Errorf("passphrase %d: %w: it looks like a recovery key, but %w", i+1, ErrPassphrase, c.Mistyped)
 			}
 			return nil, nil, fmt.Errorf("passphrase %d: %w", i+1, ErrPassphrase)
 		}
@@ -206,7 +207,7 @@ func (r *Repo) partSlots(ctx context.Context, u *unlocked, passphrases [][]byte)
 		return nil, nil, fmt.Errorf("%w: at least one must go over to the new root key", ErrPassphrase)
 	}
 	for _, k := range docs {
-		if !taken[k.id] && r.slotState(u, k) == SlotCurrent {
+		if !taken[k.ID] && r.slotState(u, k) == SlotCurrent {
 			dropped = append(dropped, r.slot(u, k))
 		}
 	}
@@ -217,7 +218,7 @@ func (r *Repo) partSlots(ctx context.Context, u *unlocked, passphrases [][]byte)
 // dropSlots deletes the slots of a change that did not happen.
 func (r *Repo) dropSlots(ctx context.Context, kept []keptSlot) (err error) {
 	for _, k := range kept {
-		err = errors.Join(err, r.forget(context.WithoutCancel(ctx), slotName(k.id)))
+		err = errors.Join(err, r.forget(context.WithoutCancel(ctx), keyring.SlotName(k.id)))
 	}
 	return err
 }

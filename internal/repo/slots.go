@@ -14,6 +14,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -29,6 +30,18 @@ type KeyKind string
 const (
 	Passphrase KeyKind = "passphrase"
 	Recovery   KeyKind = "recovery" // a recovery key
+)
+
+// SlotState says what a slot is good for.
+type SlotState = keyring.SlotState
+
+const (
+	SlotCurrent = keyring.SlotCurrent
+	// SlotOld: its root key was replaced, or it was removed; it awaits deletion.
+	SlotOld = keyring.SlotOld
+	// SlotUnfinished: made for a change of the root key that is under way or was cut off.
+	SlotUnfinished = keyring.SlotUnfinished
+	SlotDamaged    = keyring.SlotDamaged
 )
 
 // Slot is a key slot: one passphrase or recovery key that opens the repository.
@@ -61,7 +74,7 @@ type Keyring struct {
 // Keyring tells of the keyring that is in use.
 func (r *Repo) Keyring() Keyring {
 	u := r.keys.Now()
-	return Keyring{u.number, u.generation, len(u.ring.Masters)}
+	return Keyring{u.Number, u.Generation, len(u.Ring.Masters)}
 }
 
 // Head is the newest entry of the chain.
@@ -97,30 +110,32 @@ func (r *Repo) Slots(ctx context.Context) ([]Slot, error) {
 func byAge(a, b Slot) int { return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID)) }
 
 // slots reads slots and keyrings anew.
-func (r *Repo) slots(ctx context.Context) ([]slotDoc, *unlocked, error) {
+func (r *Repo) slots(ctx context.Context) ([]keyring.Slot, *keyring.Unlocked, error) {
 	if err := r.refresh(ctx); err != nil {
 		return nil, nil, err
 	}
 	if err := r.learn(ctx); err != nil {
 		return nil, nil, err
 	}
-	docs, err := readSlots(ctx, r.store, r.id)
+	docs, err := keyring.ReadSlots(ctx, r.store, r.id)
 	return docs, r.keys.Now(), err
 }
 
-func (r *Repo) slot(u *unlocked, k slotDoc) Slot {
-	if k.err != nil {
-		return Slot{ID: k.id, State: SlotDamaged, Problem: k.err.Error()}
+func (r *Repo) slot(u *keyring.Unlocked, k keyring.Slot) Slot {
+	if k.Err != nil {
+		return Slot{ID: k.ID, State: SlotDamaged, Problem: k.Err.Error()}
 	}
-	s := Slot{ID: k.id, Label: k.kdf.Label, Kind: Passphrase, Created: k.kdf.Created, State: r.slotState(u, k), InUse: k.id == u.slot,
-		Generation: k.kdf.Root, KDF: KDFCost{k.kdf.Time, k.kdf.Memory, k.kdf.Threads}}
-	if k.kdf.Kind == seal.KindRecovery {
+	s := Slot{ID: k.ID, Label: k.KDF.Label, Kind: Passphrase, Created: k.KDF.Created, State: r.slotState(u, k), InUse: k.ID == u.Slot,
+		Generation: k.KDF.Root, KDF: KDFCost{k.KDF.Time, k.KDF.Memory, k.KDF.Threads}}
+	if k.KDF.Kind == seal.KindRecovery {
 		s.Kind = Recovery
 	}
 	return s
 }
 
-func (r *Repo) slotState(u *unlocked, k slotDoc) SlotState { return k.state(u, r.current().Removed) }
+func (r *Repo) slotState(u *keyring.Unlocked, k keyring.Slot) SlotState {
+	return k.State(u, r.current().Removed)
+}
 
 // maxLabel bounds a label, bytes.
 const maxLabel = 100
@@ -140,18 +155,18 @@ func (r *Repo) AddPassphrase(ctx context.Context, label string, passphrase []byt
 	if len(passphrase) == 0 {
 		return Slot{}, fmt.Errorf("%w: it is empty", ErrPassphrase)
 	}
-	return r.addSlot(ctx, label, newCredential(passphrase), r.slotKDF)
+	return r.addSlot(ctx, label, keyring.NewCredential(passphrase), r.slotKDF)
 }
 
 // AddRecovery makes a slot for a new recovery key, which it gives in the form in
 // which it is printed.
 func (r *Repo) AddRecovery(ctx context.Context, label string) (Slot, string, error) {
-	c, printed := newRecovery()
+	c, printed := keyring.NewRecovery()
 	s, err := r.addSlot(ctx, label, c, seal.RecoveryKDF())
 	return s, printed, err
 }
 
-func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf seal.KDF) (Slot, error) {
+func (r *Repo) addSlot(ctx context.Context, label string, c *keyring.Credential, kdf seal.KDF) (Slot, error) {
 	if err := checkLabel(label); err != nil {
 		return Slot{}, err
 	}
@@ -160,21 +175,21 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 		return Slot{}, err
 	}
 	for _, k := range docs {
-		if k.kdf.Kind == kdf.Kind && r.slotState(u, k) == SlotCurrent {
-			if _, err := k.open(c); err == nil {
-				return Slot{}, fmt.Errorf("key %s has that passphrase already", k.id)
+		if k.KDF.Kind == kdf.Kind && r.slotState(u, k) == SlotCurrent {
+			if _, err := k.Open(c); err == nil {
+				return Slot{}, fmt.Errorf("key %s has that passphrase already", k.ID)
 			}
 		}
 	}
-	kdf.Label, kdf.Root = label, u.generation
-	var k slotDoc
-	id, err := putSlot(ctx, r.store, r.id, u.root, c.secret(kdf.Kind), kdf)
+	kdf.Label, kdf.Root = label, u.Generation
+	var k keyring.Slot
+	id, err := keyring.PutSlot(ctx, r.store, r.id, u.Root, c.Secret(kdf.Kind), kdf)
 	if err == nil {
 		k, err = r.readBack(ctx, id, u, c)
 	}
 	if err != nil {
 		if id != "" { // a Put that failed may have done its work
-			err = errors.Join(err, r.forget(context.WithoutCancel(ctx), slotName(id)))
+			err = errors.Join(err, r.forget(context.WithoutCancel(ctx), keyring.SlotName(id)))
 		}
 		return Slot{}, err
 	}
@@ -183,23 +198,23 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 }
 
 // readBack proves that a new slot opens the repository.
-func (r *Repo) readBack(ctx context.Context, id string, u *unlocked, c *credential) (slotDoc, error) {
-	k := readSlot(ctx, r.store, r.id, id)
-	if k.err != nil {
-		return k, k.err
+func (r *Repo) readBack(ctx context.Context, id string, u *keyring.Unlocked, c *keyring.Credential) (keyring.Slot, error) {
+	k := keyring.ReadSlot(ctx, r.store, r.id, id)
+	if k.Err != nil {
+		return k, k.Err
 	}
-	root, err := k.open(c)
-	if err != nil || !bytes.Equal(root[:], u.root[:]) {
+	root, err := k.Open(c)
+	if err != nil || !bytes.Equal(root[:], u.Root[:]) {
 		return k, fmt.Errorf("the new key slot was read back and does not open: %w", errors.Join(ErrDamaged, err))
 	}
 	if err := r.learn(ctx); err != nil {
 		return k, err
 	}
-	rings, err := readRings(ctx, r.store, r.id)
+	rings, err := keyring.Read(ctx, r.store, r.id)
 	if err != nil {
 		return k, err
 	}
-	if now := rings.open(u.root); now == nil || now.number != rings.newest() {
+	if now := rings.Open(u.Root); now == nil || now.Number != rings.Newest() {
 		return k, fmt.Errorf("%w meanwhile: nothing was added; run it again", ErrKeys)
 	}
 	return k, nil
@@ -222,11 +237,11 @@ func (r *Repo) RemoveSlot(ctx context.Context, id, inUse string) error {
 		}
 		return nil
 	}
-	e := chain.Sealed{Keyring: ringDigits(u.number), Removed: []string{id}}
+	e := chain.Sealed{Keyring: ringDigits(u.Number), Removed: []string{id}}
 	if err := r.append(ctx, chain.Keys, chain.Clear{}, e, stays); err != nil {
 		return fmt.Errorf("remove key %s: %w", id, err)
 	}
-	if err := r.forget(ctx, slotName(id)); err != nil {
+	if err := r.forget(ctx, keyring.SlotName(id)); err != nil {
 		return fmt.Errorf("key %s could not be deleted, and still opens the repository: %w", id, err)
 	}
 	return r.tidy(ctx)
@@ -242,12 +257,12 @@ func (r *Repo) MayRemove(ctx context.Context, id, inUse string) error {
 	}
 	for _, k := range docs {
 		switch {
-		case k.id != id:
+		case k.ID != id:
 		case r.slotState(u, k) == SlotUnfinished:
 			return fmt.Errorf("key %s belongs to a change of keys that is under way, or was cut off; the next one removes it", id)
 		case r.remaining(docs, u, id) == 0:
 			return fmt.Errorf("key %s: %w", id, ErrLastSlot)
-		case k.id == u.slot && inUse != id:
+		case k.ID == u.Slot && inUse != id:
 			return fmt.Errorf("key %s: %w", id, ErrSlotInUse)
 		default:
 			return nil
@@ -257,9 +272,9 @@ func (r *Repo) MayRemove(ctx context.Context, id, inUse string) error {
 }
 
 // remaining counts the slots that open the repository when id does no more.
-func (r *Repo) remaining(docs []slotDoc, u *unlocked, id string) (n int) {
+func (r *Repo) remaining(docs []keyring.Slot, u *keyring.Unlocked, id string) (n int) {
 	for _, k := range docs {
-		if k.id != id && r.slotState(u, k) == SlotCurrent {
+		if k.ID != id && r.slotState(u, k) == SlotCurrent {
 			n++
 		}
 	}
@@ -274,24 +289,24 @@ func (r *Repo) tidy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	rings, err := readRings(ctx, r.store, r.id)
+	rings, err := keyring.Read(ctx, r.store, r.id)
 	if err != nil {
 		return err
 	}
-	if newest := max(rings.newest(), r.current().Keyring); newest != u.number {
+	if newest := max(rings.Newest(), r.current().Keyring); newest != u.Number {
 		return nil // whoever knows the newest one tidies
 	}
 	if r.remaining(docs, u, "") == 0 {
 		return fmt.Errorf("keys: %w: no key slot opens the newest keyring; nothing was deleted", ErrDamaged)
 	}
 	for _, k := range docs {
-		if r.slotState(u, k) == SlotOld || r.current().Removed[k.id] {
-			err = errors.Join(err, r.forget(ctx, slotName(k.id)))
+		if r.slotState(u, k) == SlotOld || r.current().Removed[k.ID] {
+			err = errors.Join(err, r.forget(ctx, keyring.SlotName(k.ID)))
 		}
 	}
-	for _, d := range rings.list {
-		if g := d.generation(); 0 < g && g < u.generation && d.number < u.number {
-			err = errors.Join(err, r.forget(ctx, d.name))
+	for _, d := range rings.List {
+		if g := d.Generation(); 0 < g && g < u.Generation && d.Number < u.Number {
+			err = errors.Join(err, r.forget(ctx, d.Name))
 		}
 	}
 	if err != nil {

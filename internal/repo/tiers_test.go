@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -586,7 +587,7 @@ func TestTierKeys(t *testing.T) {
 	for _, p := range w.points {
 		equal(t, r, p, w.contents[p.ID])
 	}
-	if _, err := w.far.Get(ctx, slotName(slots[0].ID), 0, -1); !errors.Is(err, blob.ErrNotExist) {
+	if _, err := w.far.Get(ctx, keyring.SlotName(slots[0].ID), 0, -1); !errors.Is(err, blob.ErrNotExist) {
 		t.Errorf("a key slot that was removed is still in the tier: %v", err)
 	}
 }

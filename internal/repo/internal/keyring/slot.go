@@ -1,4 +1,4 @@
-package repo
+package keyring
 
 import (
 	"cmp"
@@ -17,48 +17,48 @@ import (
 )
 
 // slotDoc is a key slot as stored.
-type slotDoc struct {
-	id  string
-	kdf seal.KDF
+type Slot struct {
+	ID  string
+	KDF seal.KDF
 	raw *seal.Raw
-	err error // why it cannot be read; then only id is set
+	Err error // why it cannot be read; then only id is set
 }
 
-func slotName(id string) string { return "keys/" + id }
+func SlotName(id string) string { return "keys/" + id }
 
 // readSlots reads all key slots of a repository, the newest generation first.
-func readSlots(ctx context.Context, s blob.Store, id [16]byte) ([]slotDoc, error) {
+func ReadSlots(ctx context.Context, s blob.Store, id [16]byte) ([]Slot, error) {
 	names, err := blob.Names(ctx, s, "keys/")
 	if err != nil {
 		return nil, err
 	}
-	var slots []slotDoc
+	var slots []Slot
 	for _, name := range names {
-		k := readSlot(ctx, s, id, strings.TrimPrefix(name, "keys/"))
+		k := ReadSlot(ctx, s, id, strings.TrimPrefix(name, "keys/"))
 		switch {
-		case k.err == nil, errors.Is(k.err, ErrDamaged), errors.Is(k.err, ErrVersion):
+		case k.Err == nil, errors.Is(k.Err, seal.ErrDamaged), errors.Is(k.Err, seal.ErrVersion):
 			slots = append(slots, k)
-		case errors.Is(k.err, seal.ErrForeign), errors.Is(k.err, blob.ErrNotExist):
+		case errors.Is(k.Err, seal.ErrForeign), errors.Is(k.Err, blob.ErrNotExist):
 		default:
-			return nil, k.err
+			return nil, k.Err
 		}
 	}
-	slices.SortStableFunc(slots, func(a, b slotDoc) int { return cmp.Compare(b.kdf.Root, a.kdf.Root) })
+	slices.SortStableFunc(slots, func(a, b Slot) int { return cmp.Compare(b.KDF.Root, a.KDF.Root) })
 	return slots, nil
 }
 
 // open gives the root key, or ErrPassphrase.
-func (k *slotDoc) open(c *credential) (*seal.Key, error) {
-	if k.err != nil {
-		return nil, k.err
+func (k *Slot) Open(c *Credential) (*seal.Key, error) {
+	if k.Err != nil {
+		return nil, k.Err
 	}
-	secret := c.secret(k.kdf.Kind)
+	secret := c.Secret(k.KDF.Kind)
 	if len(secret) == 0 {
 		return nil, ErrPassphrase
 	}
-	kek, err := k.kdf.Key(secret)
+	kek, err := k.KDF.Key(secret)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", slotName(k.id), err)
+		return nil, fmt.Errorf("%s: %w", SlotName(k.ID), err)
 	}
 	root, err := k.raw.Open(&kek, "slot")
 	if err != nil || len(root) != len(seal.Key{}) {
@@ -69,7 +69,7 @@ func (k *slotDoc) open(c *credential) (*seal.Key, error) {
 
 // putSlot stores a slot for a root key and gives its id. kdf says all but salt and
 // time, which are new.
-func putSlot(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, secret []byte, kdf seal.KDF) (string, error) {
+func PutSlot(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, secret []byte, kdf seal.KDF) (string, error) {
 	kdf.Salt = make([]byte, 16)
 	rand.Read(kdf.Salt)
 	kdf.Created = time.Now().UTC()
@@ -83,7 +83,7 @@ func putSlot(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, s
 		return "", err
 	}
 	id := slotDigest(p)
-	return id, s.Put(ctx, slotName(id), p)
+	return id, s.Put(ctx, SlotName(id), p)
 }
 
 // slotByDigest is the kind of slots that are named by their bytes, so that
@@ -109,31 +109,31 @@ const (
 
 // state says what a slot is good for. removed are those that a chain entry has
 // removed.
-func (k *slotDoc) state(u *unlocked, removed map[string]bool) SlotState {
+func (k *Slot) State(u *Unlocked, removed map[string]bool) SlotState {
 	switch {
-	case k.err != nil:
+	case k.Err != nil:
 		return SlotDamaged
-	case removed[k.id]:
+	case removed[k.ID]:
 		return SlotOld
-	case k.kdf.Root > u.generation:
+	case k.KDF.Root > u.Generation:
 		return SlotUnfinished
-	case k.kdf.RootID == u.root.RootID(), k.kdf.RootID == "" && k.kdf.Root == u.generation:
+	case k.KDF.RootID == u.Root.RootID(), k.KDF.RootID == "" && k.KDF.Root == u.Generation:
 		return SlotCurrent
 	}
 	return SlotOld
 }
 
 // readSlot reads one slot; its err says why it cannot be read.
-func readSlot(ctx context.Context, s blob.Store, repo [16]byte, id string) slotDoc {
-	k := slotDoc{id: id}
-	raw, err := document(ctx, s, slotName(id), seal.Slot, repo)
+func ReadSlot(ctx context.Context, s blob.Store, repo [16]byte, id string) Slot {
+	k := Slot{ID: id}
+	raw, err := document(ctx, s, SlotName(id), seal.Slot, repo)
 	if err == nil {
-		if err = seal.Unmarshal(raw.Clear, &k.kdf); err != nil {
-			err = fmt.Errorf("%s: %w", slotName(id), err)
+		if err = seal.Unmarshal(raw.Clear, &k.KDF); err != nil {
+			err = fmt.Errorf("%s: %w", SlotName(id), err)
 		}
 	}
 	if err != nil {
-		return slotDoc{id: id, err: err}
+		return Slot{ID: id, Err: err}
 	}
 	k.raw = raw
 	return k

@@ -1,4 +1,4 @@
-package repo
+package keyring
 
 import (
 	"crypto/rand"
@@ -128,29 +128,29 @@ func parseRecovery(typed string) ([]byte, error) {
 }
 
 // credential is what somebody typed to open a repository.
-type credential struct {
-	text     []byte
+type Credential struct {
+	Text     []byte
 	recovery []byte // the 32 bytes, when the text is a recovery key
-	mistyped error  // what is wrong with it, when it looks like one
+	Mistyped error  // what is wrong with it, when it looks like one
 }
 
-func newCredential(text []byte) *credential {
-	c := &credential{text: text}
-	c.recovery, c.mistyped = parseRecovery(string(text))
+func NewCredential(text []byte) *Credential {
+	c := &Credential{Text: text}
+	c.recovery, c.Mistyped = parseRecovery(string(text))
 	return c
 }
 
 // secret is what opens a slot of that kind; empty when this is no such thing.
-func (c *credential) secret(kind string) []byte {
+func (c *Credential) Secret(kind string) []byte {
 	if kind == seal.KindRecovery {
 		return c.recovery
 	}
-	return c.text
+	return c.Text
 }
 
 // newRecovery makes a recovery key, and gives it as it is printed.
-func newRecovery() (*credential, string) {
+func NewRecovery() (*Credential, string) {
 	var key [32]byte
 	rand.Read(key[:])
-	return &credential{recovery: key[:]}, formatRecovery(key)
+	return &Credential{recovery: key[:]}, formatRecovery(key)
 }

@@ -1,4 +1,4 @@
-package repo
+package keyring
 
 import (
 	"bytes"
@@ -21,22 +21,22 @@ type Keys struct {
 	Repo   [16]byte
 	Secret []byte // the passphrase, to follow a change of the root key; may be empty
 
-	now      atomic.Pointer[unlocked]
+	now      atomic.Pointer[Unlocked]
 	learning sync.Mutex // held while keyrings are read
 	names    []string   // the keyrings that were read last; guarded by learning
 }
 
 // Now gives the newest keys that are known; nil before Set.
-func (k *Keys) Now() *unlocked { return k.now.Load() }
+func (k *Keys) Now() *Unlocked { return k.now.Load() }
 
 // Set makes these the keys that are known.
-func (k *Keys) Set(u *unlocked) { k.now.Store(u) }
+func (k *Keys) Set(u *Unlocked) { k.now.Store(u) }
 
 // Newest is the master key for new objects, with its number.
-func (k *Keys) Newest() (uint32, *seal.Key) { return k.Now().ring.Newest() }
+func (k *Keys) Newest() (uint32, *seal.Key) { return k.Now().Ring.Newest() }
 
 // Master is the master key of that number, or seal.ErrNoKey.
-func (k *Keys) Master(n uint32) (*seal.Key, error) { return k.Now().ring.Master(n) }
+func (k *Keys) Master(n uint32) (*seal.Key, error) { return k.Now().Ring.Master(n) }
 
 // Learn takes in keyrings that were made since the repository was opened, if it
 // can: one under a new root key opens only with the passphrase. removed are key
@@ -52,26 +52,26 @@ func (k *Keys) Learn(ctx context.Context, removed map[string]bool) error {
 		return nil
 	}
 	old := k.Now()
-	rings, err := readRings(ctx, k.Store, k.Repo)
+	rings, err := Read(ctx, k.Store, k.Repo)
 	if err != nil {
 		return err
 	}
-	u := rings.open(old.root)
-	if (u == nil || rings.newest() > u.number) && len(k.Secret) > 0 {
-		v, err := unlock(ctx, k.Store, k.Repo, means{passphrase: k.Secret, first: old.slot, removed: removed})
+	u := rings.Open(old.Root)
+	if (u == nil || rings.Newest() > u.Number) && len(k.Secret) > 0 {
+		v, err := Unlock(ctx, k.Store, k.Repo, Means{Passphrase: k.Secret, First: old.Slot, Removed: removed})
 		switch {
 		case err == nil:
 			u = v
-		case !errors.Is(err, ErrPassphrase) && !errors.Is(err, ErrDamaged):
+		case !errors.Is(err, ErrPassphrase) && !errors.Is(err, seal.ErrDamaged):
 			return err
 		}
 	}
-	if u != nil && u.number > old.number {
-		if !bytes.Equal(u.ring.IDs, old.ring.IDs) || !bytes.Equal(u.ring.Sign, old.ring.Sign) {
-			return fmt.Errorf("keyring %d: %w: its keys for ids and signatures are not this repository's", u.number, ErrDamaged)
+	if u != nil && u.Number > old.Number {
+		if !bytes.Equal(u.Ring.IDs, old.Ring.IDs) || !bytes.Equal(u.Ring.Sign, old.Ring.Sign) {
+			return fmt.Errorf("keyring %d: %w: its keys for ids and signatures are not this repository's", u.Number, seal.ErrDamaged)
 		}
-		if bytes.Equal(u.root[:], old.root[:]) {
-			u.slot = old.slot
+		if bytes.Equal(u.Root[:], old.Root[:]) {
+			u.Slot = old.Slot
 		}
 		k.Set(u)
 	}
@@ -83,37 +83,37 @@ func (k *Keys) Learn(ctx context.Context, removed map[string]bool) error {
 var ErrPassphrase = errors.New("wrong passphrase")
 
 // means is what to unlock a repository with.
-type means struct {
-	passphrase []byte          // or a recovery key
-	key        []byte          // the root key, if it is known; tried before the passphrase
-	first      string          // the slot that is tried before others: each costs time
-	removed    map[string]bool // slots that open nothing, though a lock may keep them
+type Means struct {
+	Passphrase []byte          // or a recovery key
+	Key        []byte          // the root key, if it is known; tried before the passphrase
+	First      string          // the slot that is tried before others: each costs time
+	Removed    map[string]bool // slots that open nothing, though a lock may keep them
 }
 
 // unlock finds the root key, which may be given, or else is in the slot that the
 // passphrase opens, and with it the newest keyring. It fails with ErrPassphrase,
 // seal.ErrDamaged, seal.ErrVersion or the store's error.
-func unlock(ctx context.Context, s blob.Store, id [16]byte, m means) (*unlocked, error) {
+func Unlock(ctx context.Context, s blob.Store, id [16]byte, m Means) (*Unlocked, error) {
 	for try := 1; ; try++ {
-		rings, err := readRings(ctx, s, id)
+		rings, err := Read(ctx, s, id)
 		if err != nil {
 			return nil, err
 		}
-		if len(m.key) == len(seal.Key{}) {
-			if u := rings.open((*seal.Key)(bytes.Clone(m.key))); u != nil {
+		if len(m.Key) == len(seal.Key{}) {
+			if u := rings.Open((*seal.Key)(bytes.Clone(m.Key))); u != nil {
 				return u, nil
 			}
 		}
-		u, unlockErr := unlockSlot(ctx, s, id, newCredential(m.passphrase), &rings, &m)
+		u, unlockErr := unlockSlot(ctx, s, id, NewCredential(m.Passphrase), &rings, &m)
 		if unlockErr == nil || try == 3 {
 			return u, unlockErr
 		}
 		// The root key may have been changed between the two listings.
-		again, err := readRings(ctx, s, id)
+		again, err := Read(ctx, s, id)
 		if err != nil {
 			return nil, err
 		}
-		if again.newest() == rings.newest() {
+		if again.Newest() == rings.Newest() {
 			return nil, unlockErr
 		}
 	}
@@ -121,31 +121,31 @@ func unlock(ctx context.Context, s blob.Store, id [16]byte, m means) (*unlocked,
 
 // unlockSlot tries the slots. One whose root key opens no keyring is left from
 // a change of keys that was cut off.
-func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, rings *rings, m *means) (*unlocked, error) {
-	slots, err := readSlots(ctx, s, id)
+func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *Credential, rings *Rings, m *Means) (*Unlocked, error) {
+	slots, err := ReadSlots(ctx, s, id)
 	if err != nil {
 		return nil, err
 	}
-	slots = slices.DeleteFunc(slots, func(k slotDoc) bool { return m.removed[k.id] })
-	cost := func(k slotDoc) int {
+	slots = slices.DeleteFunc(slots, func(k Slot) bool { return m.Removed[k.ID] })
+	cost := func(k Slot) int {
 		switch {
-		case k.id == m.first:
+		case k.ID == m.First:
 			return 0
-		case c.recovery != nil && k.kdf.Kind == seal.KindRecovery:
+		case c.recovery != nil && k.KDF.Kind == seal.KindRecovery:
 			return 1
 		}
 		return 2
 	}
-	slices.SortStableFunc(slots, func(a, b slotDoc) int { return cmp.Compare(cost(a), cost(b)) })
+	slices.SortStableFunc(slots, func(a, b Slot) int { return cmp.Compare(cost(a), cost(b)) })
 	var damage error
 	var orphan bool
 	tried := 0
 	for _, k := range slots {
-		root, err := k.open(c)
+		root, err := k.Open(c)
 		switch {
 		case err == nil:
-			if u := rings.open(root); u != nil {
-				u.slot = k.id
+			if u := rings.Open(root); u != nil {
+				u.Slot = k.ID
 				return u, nil
 			}
 			orphan = true
@@ -157,15 +157,15 @@ func unlockSlot(ctx context.Context, s blob.Store, id [16]byte, c *credential, r
 	}
 	switch {
 	case orphan:
-		return nil, rings.damage
+		return nil, rings.Damage
 	case damage != nil && tried > 0:
 		return nil, fmt.Errorf("%w, or that of a key slot that cannot be read: %w", ErrPassphrase, damage)
 	case damage != nil:
 		return nil, fmt.Errorf("no key slot opens: %w", damage)
 	case tried == 0:
-		return nil, fmt.Errorf("keys: %w: no key slot is left; put back keys/ from a copy of the repository, or with \"holdfast key import\"", ErrDamaged)
-	case c.mistyped != nil:
-		return nil, fmt.Errorf("%w: it looks like a recovery key, but %w", ErrPassphrase, c.mistyped)
+		return nil, fmt.Errorf("keys: %w: no key slot is left; put back keys/ from a copy of the repository, or with \"holdfast key import\"", seal.ErrDamaged)
+	case c.Mistyped != nil:
+		return nil, fmt.Errorf("%w: it looks like a recovery key, but %w", ErrPassphrase, c.Mistyped)
 	}
 	return nil, ErrPassphrase
 }

@@ -1,4 +1,6 @@
-package repo
+// Package keyring is what opens a repository: key slots, keyrings, passphrases
+// and recovery keys.
+package keyring
 
 import (
 	"context"
@@ -30,78 +32,78 @@ import (
 
 // unlocked is what opens a repository's objects. It is replaced as a whole,
 // never changed.
-type unlocked struct {
-	root       *seal.Key
-	slot       string // id of the slot that it came from; "" when it was given
-	generation int    // of the root key
-	number     int    // of the keyring
-	name       string // of the keyring
-	ring       *seal.Ring
+type Unlocked struct {
+	Root       *seal.Key
+	Slot       string // id of the slot that it came from; "" when it was given
+	Generation int    // of the root key
+	Number     int    // of the keyring
+	Name       string // of the keyring
+	Ring       *seal.Ring
 }
 
 // rings are the keyrings of a repository, the newest first.
-type rings struct {
-	list   []ringDoc
-	damage error            // of those that cannot be read, the last
-	bad    map[string]error // all of them, by name
+type Rings struct {
+	List   []Ring
+	Damage error            // of those that cannot be read, the last
+	Bad    map[string]error // all of them, by name
 }
 
-type ringDoc struct {
-	name   string
-	number int
+type Ring struct {
+	Name   string
+	Number int
 	raw    *seal.Raw
 }
 
-func ringName(repo [16]byte, number int) string {
+func Name(repo [16]byte, number int) string {
 	return fmt.Sprintf("keyring/%08d-%s", number, hex.EncodeToString(repo[:4]))
 }
 
-func ringNumber(name string) (int, error) {
+func Number(name string) (int, error) {
 	digits, _, _ := strings.Cut(strings.TrimPrefix(name, "keyring/"), "-")
 	n, err := strconv.Atoi(digits)
 	if err != nil || len(digits) != 8 || n < 1 {
-		return 0, fmt.Errorf("%s: %w: not a keyring's name", name, ErrDamaged)
+		return 0, fmt.Errorf("%s: %w: not a keyring's name", name, seal.ErrDamaged)
 	}
 	return n, nil
 }
 
-func readRings(ctx context.Context, s blob.Store, id [16]byte) (rings, error) {
+func Read(ctx context.Context, s blob.Store, id [16]byte) (Rings, error) {
 	names, err := blob.Names(ctx, s, "keyring/")
 	if err != nil {
-		return rings{}, err
+		return Rings{}, err
 	}
-	r := rings{damage: fmt.Errorf("keyring: %w: missing", ErrDamaged), bad: map[string]error{}}
+	r := Rings{Damage: fmt.Errorf("keyring: %w: missing", seal.ErrDamaged), Bad: map[string]error{}}
 	for _, name := range slices.Backward(names) {
 		raw, err := document(ctx, s, name, seal.Keyring, id)
 		var n int
 		if err == nil {
-			n, err = ringNumber(name)
+			n, err = Number(name)
 		}
 		switch {
 		case err == nil:
-			r.list = append(r.list, ringDoc{name, n, raw})
+			r.List = append(r.List, Ring{name, n, raw})
 		case errors.Is(err, seal.ErrForeign), errors.Is(err, blob.ErrNotExist):
-		case errors.Is(err, ErrDamaged), errors.Is(err, ErrVersion):
-			r.damage = err
-			r.bad[name] = err
+		case errors.Is(err, seal.ErrDamaged), errors.Is(err, seal.ErrVersion):
+			r.Damage = err
+			r.Bad[name] = err
 		default:
-			return rings{}, err
+			return Rings{}, err
 		}
 	}
 	return r, nil
 }
 
 // newest is the greatest number.
-func (r *rings) newest() int {
-	if len(r.list) == 0 {
+func (r *Rings) Newest() int {
+	if len(r.List) == 0 {
 		return 0
 	}
-	return r.list[0].number
+	return r.List[0].Number
 }
 
 // open gives the newest keyring that the root key opens, or nil.
-func (r *rings) open(root *seal.Key) *unlocked {
-	for _, d := range r.list {
+func (r *Rings) Open(root *seal.Key) *Unlocked {
+	for _, d := range r.List {
 		content, err := d.raw.Open(root, "keyring")
 		if err != nil {
 			continue
@@ -112,29 +114,29 @@ func (r *rings) open(root *seal.Key) *unlocked {
 			err = seal.Unmarshal(d.raw.Clear, &clear)
 		}
 		if err != nil {
-			r.damage = fmt.Errorf("%s: %w", d.name, err)
+			r.Damage = fmt.Errorf("%s: %w", d.Name, err)
 			continue
 		}
-		return &unlocked{root: root, generation: clear.Root, number: d.number, name: d.name, ring: ring}
+		return &Unlocked{Root: root, Generation: clear.Root, Number: d.Number, Name: d.Name, Ring: ring}
 	}
 	return nil
 }
 
 // generation is that of the root key, as the clear part says; 0 when it says none.
-func (d *ringDoc) generation() int { return generation(d.raw) }
+func (d *Ring) Generation() int { return generation(d.raw) }
 
 // opens reports whether a root key opens it.
-func (d *ringDoc) opens(root *seal.Key) bool {
+func (d *Ring) Opens(root *seal.Key) bool {
 	_, err := d.raw.Open(root, "keyring")
 	return err == nil
 }
 
 // check proves what can be proved with those keys.
-func (d *ringDoc) check(u *unlocked) error {
+func (d *Ring) Check(u *Unlocked) error {
 	var clear ringClear
 	err := seal.Unmarshal(d.raw.Clear, &clear)
-	if err == nil && clear.Root == u.generation {
-		_, err = d.raw.Open(u.root, "keyring")
+	if err == nil && clear.Root == u.Generation {
+		_, err = d.raw.Open(u.Root, "keyring")
 	}
 	return err
 }
@@ -171,7 +173,7 @@ var magics = map[string]string{"keys": seal.Slot, "keyring": seal.Keyring}
 func Check(name string, p []byte, repo [16]byte) error {
 	magic, ok := magics[path.Dir(name)]
 	if !ok {
-		return fmt.Errorf("%s: %w: not a key's name", name, ErrDamaged)
+		return fmt.Errorf("%s: %w: not a key's name", name, seal.ErrDamaged)
 	}
 	_, err := parse(name, p, magic, repo)
 	return err
@@ -183,8 +185,8 @@ func parse(name string, p []byte, magic string, repo [16]byte) (*seal.Raw, error
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	if magic == seal.Slot && raw.Header.Kind == slotByDigest && name != slotName(slotDigest(p)) {
-		return nil, fmt.Errorf("%s: %w: its bytes are not what its name says", name, ErrDamaged)
+	if magic == seal.Slot && raw.Header.Kind == slotByDigest && name != SlotName(slotDigest(p)) {
+		return nil, fmt.Errorf("%s: %w: its bytes are not what its name says", name, seal.ErrDamaged)
 	}
 	return raw, nil
 }
@@ -203,7 +205,7 @@ type ringClear struct {
 }
 
 // sealRing gives the bytes of a keyring under a root key of that generation.
-func sealRing(repo [16]byte, root *seal.Key, generation int, ring *seal.Ring) ([]byte, error) {
+func Seal(repo [16]byte, root *seal.Key, generation int, ring *seal.Ring) ([]byte, error) {
 	content, err := json.Marshal(ring)
 	if err != nil {
 		return nil, err
@@ -212,23 +214,23 @@ func sealRing(repo [16]byte, root *seal.Key, generation int, ring *seal.Ring) ([
 }
 
 // firstRing gives the keys of a new repository.
-func firstRing() *unlocked {
+func New() *Unlocked {
 	ids, sign, master := randomKey(), randomKey(), randomKey()
-	return &unlocked{root: randomKey(), generation: 1, number: 1,
-		ring: &seal.Ring{IDs: ids[:], Sign: sign[:], Masters: []seal.Master{{Number: 1, Key: master[:]}}}}
+	return &Unlocked{Root: randomKey(), Generation: 1, Number: 1,
+		Ring: &seal.Ring{IDs: ids[:], Sign: sign[:], Masters: []seal.Master{{Number: 1, Key: master[:]}}}}
 }
 
 // nextRing is the keyring with one more master key.
-func (u *unlocked) nextRing() *seal.Ring {
-	next := *u.ring
+func (u *Unlocked) NextRing() *seal.Ring {
+	next := *u.Ring
 	master := randomKey()
-	next.Masters = append(slices.Clone(u.ring.Masters), seal.Master{Number: uint32(len(u.ring.Masters) + 1), Key: master[:]})
+	next.Masters = append(slices.Clone(u.Ring.Masters), seal.Master{Number: uint32(len(u.Ring.Masters) + 1), Key: master[:]})
 	return &next
 }
 
 // nextRoot is a new root key, as yet without a keyring.
-func (u *unlocked) nextRoot() *unlocked {
-	return &unlocked{root: randomKey(), generation: u.generation + 1}
+func (u *Unlocked) NextRoot() *Unlocked {
+	return &Unlocked{Root: randomKey(), Generation: u.Generation + 1}
 }
 
 func randomKey() *seal.Key {
