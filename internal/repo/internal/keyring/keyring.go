@@ -1,5 +1,28 @@
-// Package keyring is what opens a repository: key slots, keyrings, passphrases
-// and recovery keys.
+// Package keyring is what opens a repository (docs/format.md §2): key slots,
+// keyrings, and the passphrases and recovery keys of those who open it.
+//
+// # From a passphrase to the keys
+//
+//	passphrase ─ Argon2id ─ Slot ── root key ── Ring ── master keys, keys for ids and signatures
+//
+// A Slot is stored for each passphrase or recovery key, and seals the root key. A
+// Ring seals all other keys under the root key. Unlock goes from left to right;
+// Keys keeps the result, and takes in what others change.
+//
+// # How keys change
+//
+// A keyring's name holds its number and the repository's id, so that of two
+// processes that change the keys at once one finds the name taken: creating
+// keyring n+1 is the moment in which the keys change. What a change needs to
+// be of use, new slots, is stored before it; what it makes useless, old slots
+// and keyrings, is deleted after it. The chain entry that follows tells other
+// processes, and shows later that a keyring has been lost.
+//
+// A slot is removed by a chain entry first and deleted then. The chain orders
+// removals, so that two of them cannot take each other for the slot that stays.
+//
+// That order is package repo's to keep. Here nothing is deleted, and nothing is
+// stored but by PutSlot. All is safe in parallel.
 package keyring
 
 import (
@@ -18,19 +41,7 @@ import (
 	"holdfast/internal/repo/internal/seal"
 )
 
-// How keys change (docs/format.md §2).
-//
-// A keyring's name holds its number and the repository's id, so that of two
-// processes that change the keys at once one finds the name taken: creating
-// keyring n+1 is the moment in which the keys change. What a change needs to
-// be of use, new slots, is stored before it; what it makes useless, old slots
-// and keyrings, is deleted after it. The chain entry that follows tells other
-// processes, and shows later that a keyring has been lost.
-//
-// A slot is removed by a chain entry first and deleted then. The chain orders
-// removals, so that two of them cannot take each other for the slot that stays.
-
-// unlocked is what opens a repository's objects. It is replaced as a whole,
+// Unlocked is what opens a repository's objects. It is replaced as a whole,
 // never changed.
 type Unlocked struct {
 	Root       *seal.Key
@@ -41,23 +52,27 @@ type Unlocked struct {
 	Ring       *seal.Ring
 }
 
-// rings are the keyrings of a repository, the newest first.
+// Rings are the keyrings of a repository.
 type Rings struct {
-	List   []Ring
-	Damage error            // of those that cannot be read, the last
+	List   []Ring           // that can be read, the newest first
+	Damage error            // of those that cannot, the last; never nil
 	Bad    map[string]error // all of them, by name
 }
 
+// Ring is a keyring as stored.
 type Ring struct {
 	Name   string
-	Number int
+	Number int // counts changes of the keys, from 1
 	raw    *seal.Raw
 }
 
+// Name is the name of a repository's keyring of that number.
 func Name(repo [16]byte, number int) string {
 	return fmt.Sprintf("keyring/%08d-%s", number, hex.EncodeToString(repo[:4]))
 }
 
+// Number is the number of the keyring of that name; seal.ErrDamaged for no
+// keyring's name.
 func Number(name string) (int, error) {
 	digits, _, _ := strings.Cut(strings.TrimPrefix(name, "keyring/"), "-")
 	n, err := strconv.Atoi(digits)
@@ -67,6 +82,7 @@ func Number(name string) (int, error) {
 	return n, nil
 }
 
+// Read reads all keyrings of a repository. One that is damaged is no error.
 func Read(ctx context.Context, s blob.Store, id [16]byte) (Rings, error) {
 	names, err := blob.Names(ctx, s, "keyring/")
 	if err != nil {
@@ -93,7 +109,7 @@ func Read(ctx context.Context, s blob.Store, id [16]byte) (Rings, error) {
 	return r, nil
 }
 
-// newest is the greatest number.
+// Newest is the greatest number; 0 when there is none.
 func (r *Rings) Newest() int {
 	if len(r.List) == 0 {
 		return 0
@@ -101,7 +117,7 @@ func (r *Rings) Newest() int {
 	return r.List[0].Number
 }
 
-// open gives the newest keyring that the root key opens, or nil.
+// Open gives the newest keyring that the root key opens, or nil.
 func (r *Rings) Open(root *seal.Key) *Unlocked {
 	for _, d := range r.List {
 		content, err := d.raw.Open(root, "keyring")
@@ -122,16 +138,17 @@ func (r *Rings) Open(root *seal.Key) *Unlocked {
 	return nil
 }
 
-// generation is that of the root key, as the clear part says; 0 when it says none.
+// Generation is that of the root key, as the clear part says; 0 when it says none.
 func (d *Ring) Generation() int { return generation(d.raw) }
 
-// opens reports whether a root key opens it.
+// Opens reports whether a root key opens it.
 func (d *Ring) Opens(root *seal.Key) bool {
 	_, err := d.raw.Open(root, "keyring")
 	return err == nil
 }
 
-// check proves what can be proved with those keys.
+// Check proves what can be proved with those keys: that it opens, if it is under
+// their root key. It fails with seal.ErrDamaged.
 func (d *Ring) Check(u *Unlocked) error {
 	var clear ringClear
 	err := seal.Unmarshal(d.raw.Clear, &clear)
@@ -154,17 +171,14 @@ func generation(raw *seal.Raw) int {
 // Generation is the one of the root key that a slot or keyring belongs to, whose
 // name and bytes these are; 0 when they do not say.
 func Generation(name string, p []byte) int {
-	magic, ok := magics[path.Dir(name)]
-	if !ok {
-		return 0
-	}
-	raw, err := seal.Parse(p, magic)
+	raw, err := seal.Parse(p, magics[path.Dir(name)])
 	if err != nil {
 		return 0
 	}
 	return generation(raw)
 }
 
+// magics of what is below keys/ and keyring/.
 var magics = map[string]string{"keys": seal.Slot, "keyring": seal.Keyring}
 
 // Check proves what can be proved without a key of the bytes of a slot or keyring
@@ -204,7 +218,7 @@ type ringClear struct {
 	Root int `json:"root"` // generation of the root key
 }
 
-// sealRing gives the bytes of a keyring under a root key of that generation.
+// Seal gives the bytes of a keyring under a root key of that generation.
 func Seal(repo [16]byte, root *seal.Key, generation int, ring *seal.Ring) ([]byte, error) {
 	content, err := json.Marshal(ring)
 	if err != nil {
@@ -213,14 +227,14 @@ func Seal(repo [16]byte, root *seal.Key, generation int, ring *seal.Ring) ([]byt
 	return seal.MarshalUnsigned(seal.NewHeader(seal.Keyring, 0, 0, repo), ringClear{generation}, content, root, "keyring")
 }
 
-// firstRing gives the keys of a new repository.
+// New gives the keys of a new repository.
 func New() *Unlocked {
 	ids, sign, master := randomKey(), randomKey(), randomKey()
 	return &Unlocked{Root: randomKey(), Generation: 1, Number: 1,
 		Ring: &seal.Ring{IDs: ids[:], Sign: sign[:], Masters: []seal.Master{{Number: 1, Key: master[:]}}}}
 }
 
-// nextRing is the keyring with one more master key.
+// NextRing is the keyring with one more master key.
 func (u *Unlocked) NextRing() *seal.Ring {
 	next := *u.Ring
 	master := randomKey()
@@ -228,7 +242,7 @@ func (u *Unlocked) NextRing() *seal.Ring {
 	return &next
 }
 
-// nextRoot is a new root key, as yet without a keyring.
+// NextRoot is a new root key, as yet without a keyring.
 func (u *Unlocked) NextRoot() *Unlocked {
 	return &Unlocked{Root: randomKey(), Generation: u.Generation + 1}
 }

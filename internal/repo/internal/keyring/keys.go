@@ -14,8 +14,8 @@ import (
 	"holdfast/internal/repo/internal/seal"
 )
 
-// Keys are what this process knows of a repository's keys. They are replaced when
-// others have changed them. Safe in parallel.
+// Keys are what this process knows of a repository's keys, and follow their
+// changes. Set comes before all else.
 type Keys struct {
 	Store  blob.Store
 	Repo   [16]byte
@@ -26,7 +26,7 @@ type Keys struct {
 	names    []string   // the keyrings that were read last; guarded by learning
 }
 
-// Now gives the newest keys that are known; nil before Set.
+// Now gives the newest keys that are known.
 func (k *Keys) Now() *Unlocked { return k.now.Load() }
 
 // Set makes these the keys that are known.
@@ -82,7 +82,7 @@ func (k *Keys) Learn(ctx context.Context, removed map[string]bool) error {
 // ErrPassphrase: no key slot opens with it.
 var ErrPassphrase = errors.New("wrong passphrase")
 
-// means is what to unlock a repository with.
+// Means is what to unlock a repository with.
 type Means struct {
 	Passphrase []byte          // or a recovery key
 	Key        []byte          // the root key, if it is known; tried before the passphrase
@@ -90,7 +90,7 @@ type Means struct {
 	Removed    map[string]bool // slots that open nothing, though a lock may keep them
 }
 
-// unlock finds the root key, which may be given, or else is in the slot that the
+// Unlock finds the root key, which may be given, or else is in the slot that the
 // passphrase opens, and with it the newest keyring. It fails with ErrPassphrase,
 // seal.ErrDamaged, seal.ErrVersion or the store's error.
 func Unlock(ctx context.Context, s blob.Store, id [16]byte, m Means) (*Unlocked, error) {

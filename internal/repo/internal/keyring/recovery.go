@@ -127,20 +127,21 @@ func parseRecovery(typed string) ([]byte, error) {
 	return key[:32], nil
 }
 
-// credential is what somebody typed to open a repository.
+// Credential is what somebody typed to open a repository.
 type Credential struct {
 	Text     []byte
+	Mistyped error  // what is wrong with it, when it looks like a recovery key; else nil
 	recovery []byte // the 32 bytes, when the text is a recovery key
-	Mistyped error  // what is wrong with it, when it looks like one
 }
 
+// NewCredential takes text for a passphrase, and for a recovery key when it is one.
 func NewCredential(text []byte) *Credential {
 	c := &Credential{Text: text}
 	c.recovery, c.Mistyped = parseRecovery(string(text))
 	return c
 }
 
-// secret is what opens a slot of that kind; empty when this is no such thing.
+// Secret is what opens a slot of that kind; empty when this is no such thing.
 func (c *Credential) Secret(kind string) []byte {
 	if kind == seal.KindRecovery {
 		return c.recovery
@@ -148,7 +149,7 @@ func (c *Credential) Secret(kind string) []byte {
 	return c.Text
 }
 
-// newRecovery makes a recovery key, and gives it as it is printed.
+// NewRecovery makes a recovery key, and gives it as it is printed.
 func NewRecovery() (*Credential, string) {
 	var key [32]byte
 	rand.Read(key[:])

@@ -16,17 +16,19 @@ import (
 	"holdfast/internal/repo/internal/seal"
 )
 
-// slotDoc is a key slot as stored.
+// Slot is a key slot as stored.
 type Slot struct {
-	ID  string
+	ID  string // 16 hex digits
 	KDF seal.KDF
+	Err error // why it cannot be read; then only ID is set
 	raw *seal.Raw
-	Err error // why it cannot be read; then only id is set
 }
 
+// SlotName is the name of the slot with that id.
 func SlotName(id string) string { return "keys/" + id }
 
-// readSlots reads all key slots of a repository, the newest generation first.
+// ReadSlots reads all key slots of a repository, the newest generation of the root
+// key first. One that is damaged is no error: see its Err.
 func ReadSlots(ctx context.Context, s blob.Store, id [16]byte) ([]Slot, error) {
 	names, err := blob.Names(ctx, s, "keys/")
 	if err != nil {
@@ -47,7 +49,24 @@ func ReadSlots(ctx context.Context, s blob.Store, id [16]byte) ([]Slot, error) {
 	return slots, nil
 }
 
-// open gives the root key, or ErrPassphrase.
+// ReadSlot reads one slot; its Err says why it cannot be read.
+func ReadSlot(ctx context.Context, s blob.Store, repo [16]byte, id string) Slot {
+	k := Slot{ID: id}
+	raw, err := document(ctx, s, SlotName(id), seal.Slot, repo)
+	if err == nil {
+		if err = seal.Unmarshal(raw.Clear, &k.KDF); err != nil {
+			err = fmt.Errorf("%s: %w", SlotName(id), err)
+		}
+	}
+	if err != nil {
+		return Slot{ID: id, Err: err}
+	}
+	k.raw = raw
+	return k
+}
+
+// Open gives the root key. It fails with ErrPassphrase, or as the slot cannot be
+// read. It takes as long as the KDF says.
 func (k *Slot) Open(c *Credential) (*seal.Key, error) {
 	if k.Err != nil {
 		return nil, k.Err
@@ -67,8 +86,9 @@ func (k *Slot) Open(c *Credential) (*seal.Key, error) {
 	return (*seal.Key)(root), nil
 }
 
-// putSlot stores a slot for a root key and gives its id. kdf says all but salt and
-// time, which are new.
+// PutSlot stores a slot for a root key and gives its id, which may be there though
+// an error is given. secret is the passphrase, or a recovery key's 32 bytes
+// (Credential.Secret). kdf says all but salt, time and root id, which are new.
 func PutSlot(ctx context.Context, s blob.Store, repo [16]byte, root *seal.Key, secret []byte, kdf seal.KDF) (string, error) {
 	kdf.Salt = make([]byte, 16)
 	rand.Read(kdf.Salt)
@@ -107,7 +127,7 @@ const (
 	SlotDamaged    SlotState = "damaged"
 )
 
-// state says what a slot is good for. removed are those that a chain entry has
+// State says what a slot is good for. removed are those that a chain entry has
 // removed.
 func (k *Slot) State(u *Unlocked, removed map[string]bool) SlotState {
 	switch {
@@ -121,20 +141,4 @@ func (k *Slot) State(u *Unlocked, removed map[string]bool) SlotState {
 		return SlotCurrent
 	}
 	return SlotOld
-}
-
-// readSlot reads one slot; its err says why it cannot be read.
-func ReadSlot(ctx context.Context, s blob.Store, repo [16]byte, id string) Slot {
-	k := Slot{ID: id}
-	raw, err := document(ctx, s, SlotName(id), seal.Slot, repo)
-	if err == nil {
-		if err = seal.Unmarshal(raw.Clear, &k.KDF); err != nil {
-			err = fmt.Errorf("%s: %w", SlotName(id), err)
-		}
-	}
-	if err != nil {
-		return Slot{ID: id, Err: err}
-	}
-	k.raw = raw
-	return k
 }
