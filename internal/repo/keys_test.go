@@ -382,40 +382,37 @@ func TestKeysPowerLoss(t *testing.T) {
 			if err := try(probe); err != nil {
 				t.Fatal(err)
 			}
-			for at := 1; at <= probe.Calls(); at++ {
-				for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
-					for _, cut := range []bool{true, false} {
-						if !cut && (testing.Short() || fault == blobtest.Before) {
-							continue // a lone call that did nothing is like a cut there
+			for at, fault := range cuts(t, probe.Calls(), 1) {
+				for _, cut := range []bool{true, false} {
+					if !cut && (testing.Short() || fault == blobtest.Before) {
+						continue // a lone call that did nothing is like a cut there
+					}
+					store := base.Clone()
+					done := try(&blobtest.Faulty{Inner: store, At: at, Fault: fault, Cut: cut}) == nil
+					where := fmt.Sprintf("call %d/%d, cut %v", at, fault, cut)
+					r, err := openAs(t, store, c.opens[0])
+					if err != nil {
+						t.Fatalf("%s: %v", where, err)
+					}
+					if err := differs(r, p, content); err != nil {
+						t.Fatalf("%s: %v", where, err)
+					}
+					clean(t, r, false)
+					for _, pass := range c.opens[1:] {
+						if u, err := keyring.Unlock(ctx, store, r.id, keyring.Means{Passphrase: pass}); err != nil || u.Number != r.Keyring().Number {
+							t.Fatalf("%s: %s: %v", where, pass, err)
 						}
-						store := base.Clone()
-						done := try(&blobtest.Faulty{Inner: store, At: at, Fault: fault, Cut: cut}) == nil
-						where := fmt.Sprintf("call %d/%d, cut %v", at, fault, cut)
-						r, err := openAs(t, store, c.opens[0])
-						if err != nil {
+					}
+					if c.after != nil {
+						if err := c.after(store, done); err != nil {
 							t.Fatalf("%s: %v", where, err)
 						}
-						if err := differs(r, p, content); err != nil {
-							t.Fatalf("%s: %v", where, err)
-						}
-						clean(t, r, false)
-						for _, pass := range c.opens[1:] {
-							if u, err := keyring.Unlock(ctx, store, r.id, keyring.Means{Passphrase: pass}); err != nil || u.Number != r.Keyring().Number {
-								t.Fatalf("%s: %s: %v", where, pass, err)
-							}
-						}
-						if c.after != nil {
-							if err := c.after(store, done); err != nil {
-								t.Fatalf("%s: %v", where, err)
-							}
-						}
-						if !done && cut {
-							again(t, where, store, c.change)
-						}
+					}
+					if !done && cut {
+						again(t, where, store, c.change)
 					}
 				}
 			}
-			t.Logf("%d calls, three ways each", probe.Calls())
 		})
 	}
 }

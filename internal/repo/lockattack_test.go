@@ -463,21 +463,14 @@ func TestLockPrunePowerLoss(t *testing.T) {
 	}
 	probe := &cutter{Locking: world.Clone()}
 	scenario(probe)
-	step := 1
-	if testing.Short() {
-		step = 5
-	}
-	for at := 1; at <= probe.calls+1; at += step {
-		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
-			store := world.Clone()
-			scenario(&cutter{Locking: store, at: at, fault: fault})
-			r := clock.at(reopen(t, store))
-			if bad := unprotected(store, r, p, entries[p.ID], began.Add(30*day)); len(bad) > 0 && r.Keyring().Number == 1 {
-				t.Fatalf("cut at %d/%d: not locked: %v", at, fault, bad)
-			}
-			equal(t, r, p, shared)
-			r.Close()
+	for at, fault := range cuts(t, probe.calls+1, 5) {
+		store := world.Clone()
+		scenario(&cutter{Locking: store, at: at, fault: fault})
+		r := clock.at(reopen(t, store))
+		if bad := unprotected(store, r, p, entries[p.ID], began.Add(30*day)); len(bad) > 0 && r.Keyring().Number == 1 {
+			t.Fatalf("cut at %d/%d: not locked: %v", at, fault, bad)
 		}
+		equal(t, r, p, shared)
+		r.Close()
 	}
-	t.Logf("%d changes", probe.calls)
 }

@@ -238,38 +238,31 @@ func TestLockPowerLoss(t *testing.T) {
 	}
 	probe := &cutter{Locking: world.Clone()}
 	scenario(probe)
-	step := 1
-	if testing.Short() {
-		step = 7
-	}
-	for at := 1; at <= probe.calls+1; at += step {
-		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
-			store := world.Clone()
-			scenario(&cutter{Locking: store, at: at, fault: fault})
-			r := clock.at(reopen(t, store))
-			entries := commits(t, r)
-			for _, p := range points(t, r) {
-				until := began.Add(30 * day)
-				if p.ID != a.ID {
-					until = clock.now().Add(30 * day)
-				}
-				if bad := unprotected(store, r, &p, entries[p.ID], until); len(bad) > 0 {
-					t.Fatalf("cut at %d/%d: point %s: not locked: %v", at, fault, p.VM, bad)
-				}
+	for at, fault := range cuts(t, probe.calls+1, 7) {
+		store := world.Clone()
+		scenario(&cutter{Locking: store, at: at, fault: fault})
+		r := clock.at(reopen(t, store))
+		entries := commits(t, r)
+		for _, p := range points(t, r) {
+			until := began.Add(30 * day)
+			if p.ID != a.ID {
+				until = clock.now().Add(30 * day)
 			}
-			// The next run locks the entry of a point whose writer died.
-			if at%5 == 0 || at == probe.calls+1 {
-				p := mustSave(t, r, "next", left)
-				head := r.current().Head
-				if bad := unprotected(store, r, p, head+1, clock.now().Add(30*day)); len(bad) > 0 {
-					t.Fatalf("cut at %d/%d: next run: not locked: %v", at, fault, bad)
-				}
-				clean(t, r, false)
+			if bad := unprotected(store, r, &p, entries[p.ID], until); len(bad) > 0 {
+				t.Fatalf("cut at %d/%d: point %s: not locked: %v", at, fault, p.VM, bad)
 			}
-			r.Close()
 		}
+		// The next run locks the entry of a point whose writer died.
+		if at%5 == 0 || at == probe.calls+1 {
+			p := mustSave(t, r, "next", left)
+			head := r.current().Head
+			if bad := unprotected(store, r, p, head+1, clock.now().Add(30*day)); len(bad) > 0 {
+				t.Fatalf("cut at %d/%d: next run: not locked: %v", at, fault, bad)
+			}
+			clean(t, r, false)
+		}
+		r.Close()
 	}
-	t.Logf("%d changes", probe.calls)
 }
 
 // A store that does not keep locks gets no rule, and with one no points.

@@ -157,24 +157,34 @@ func (w writes) List(ctx context.Context, prefix string) iter.Seq2[blob.Info, er
 	return w.Inner.List(ctx, prefix)
 }
 
+// cuts gives each of so many calls to a store, in both ways in which it can fail;
+// in short runs one of every few.
+func cuts(t *testing.T, calls, short int) iter.Seq2[int, blobtest.Fault] {
+	step := 1
+	if testing.Short() {
+		step = short
+	}
+	return func(yield func(int, blobtest.Fault) bool) {
+		for at := 1; at <= calls; at += step {
+			if !yield(at, blobtest.Before) || !yield(at, blobtest.After) {
+				return
+			}
+		}
+		t.Logf("%d calls, two ways each", calls)
+	}
+}
+
 // everyCall runs a scenario once for each change that it makes to the store,
 // with the power cut at it, before or after the call did its work.
 func everyCall(t *testing.T, w *crashWorld, scenario func(s blob.Store) (committed map[PointID][]byte), must ...PointID) {
 	probe := cutAt(w.store.Clone(), 0, blobtest.Before)
 	scenario(probe)
-	step := 1
-	if testing.Short() {
-		step = 5
+	for at, fault := range cuts(t, probe.changes.Calls(), 5) {
+		store := w.store.Clone()
+		committed := scenario(cutAt(store, at, fault))
+		ids := slices.DeleteFunc(append(slices.Collect(maps.Keys(committed)), must...), func(id PointID) bool { return len(id) < 32 })
+		w.proves(t, fmt.Sprintf("cut at call %d/%d", at, fault), store, committed, ids...)
 	}
-	for at := 1; at <= probe.changes.Calls(); at += step {
-		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
-			store := w.store.Clone()
-			committed := scenario(cutAt(store, at, fault))
-			ids := slices.DeleteFunc(append(slices.Collect(maps.Keys(committed)), must...), func(id PointID) bool { return len(id) < 32 })
-			w.proves(t, fmt.Sprintf("cut at call %d/%d", at, fault), store, committed, ids...)
-		}
-	}
-	t.Logf("%d changes, two ways each", probe.changes.Calls())
 }
 
 // A prune on a store that fails one call and works again does harm to nothing.

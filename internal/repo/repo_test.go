@@ -423,33 +423,30 @@ func TestPowerLoss(t *testing.T) {
 	if len(scenario(probe)) != 2 {
 		t.Fatal("the scenario fails without a fault")
 	}
-	for at := 1; at <= probe.Calls(); at++ {
-		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
-			store := base.Clone()
-			committed := scenario(&blobtest.Faulty{Inner: store, At: at, Fault: fault, Cut: true})
-			r := reopen(t, store)
-			points, err := r.Points(ctx)
-			if err != nil || len(points) < len(committed) {
-				t.Fatalf("cut at call %d/%d: %d points, %d were committed; %v", at, fault, len(points), len(committed), err)
-			}
-			for _, p := range points {
-				want := second
-				if p.ID == p1.ID {
-					want = first
-				}
-				if err := differs(r, &p, want); err != nil {
-					t.Fatalf("cut at call %d/%d: %v", at, fault, err)
-				}
-			}
-			p, err := save(r, "c", second, nil, nil)
-			if err != nil {
-				t.Fatalf("cut at call %d/%d: next run: %v", at, fault, err)
-			}
-			equal(t, r, p, second)
-			clean(t, r, true)
+	for at, fault := range cuts(t, probe.Calls(), 1) {
+		store := base.Clone()
+		committed := scenario(&blobtest.Faulty{Inner: store, At: at, Fault: fault, Cut: true})
+		r := reopen(t, store)
+		points, err := r.Points(ctx)
+		if err != nil || len(points) < len(committed) {
+			t.Fatalf("cut at call %d/%d: %d points, %d were committed; %v", at, fault, len(points), len(committed), err)
 		}
+		for _, p := range points {
+			want := second
+			if p.ID == p1.ID {
+				want = first
+			}
+			if err := differs(r, &p, want); err != nil {
+				t.Fatalf("cut at call %d/%d: %v", at, fault, err)
+			}
+		}
+		p, err := save(r, "c", second, nil, nil)
+		if err != nil {
+			t.Fatalf("cut at call %d/%d: next run: %v", at, fault, err)
+		}
+		equal(t, r, p, second)
+		clean(t, r, true)
 	}
-	t.Logf("%d calls, two ways each", probe.Calls())
 }
 
 // A store that fails one call and works again gives an error or a point, never

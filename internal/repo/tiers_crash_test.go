@@ -28,18 +28,11 @@ func everyTierCall(t *testing.T, w *farWorld, whole []PointID, scenario func(r *
 		return o.changes.Calls()
 	}
 	n := run(w.own.Clone(), w.far.Clone(), 0, blobtest.Before)
-	step := 1
-	if testing.Short() {
-		step = 7
+	for at, fault := range cuts(t, n, 7) {
+		own, far := w.own.Clone(), w.far.Clone()
+		run(own, far, at, fault)
+		w.proves(t, fmt.Sprintf("cut at change %d/%d", at, fault), own, far, whole)
 	}
-	for at := 1; at <= n; at += step {
-		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
-			own, far := w.own.Clone(), w.far.Clone()
-			run(own, far, at, fault)
-			w.proves(t, fmt.Sprintf("cut at change %d/%d", at, fault), own, far, whole)
-		}
-	}
-	t.Logf("%d changes, two ways each", n)
 }
 
 // proves that everything is there, with both stores and, as far as it was whole
@@ -174,25 +167,23 @@ func TestTierTakeOverPowerLoss(t *testing.T) {
 	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
-	for at := 1; at < 20; at++ {
-		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
-			far := w.far.Clone()
-			s := cutAt(far, at, fault)
-			if r := tiered(t, s, nil); r != nil && r.TakeOver(ctx, false) == nil {
-				save(r, "x", random(50, 2), nil, nil)
-			}
-			r := mustTiered(t, far, nil)
-			if r.Mirror() != "" {
-				if err := r.TakeOver(ctx, false); err != nil {
-					t.Fatal(err)
-				}
-			}
-			mustSave(t, r, "y", random(51, 2))
-			for _, p := range w.points {
-				equal(t, r, p, w.contents[p.ID])
-			}
-			clean(t, r, true)
+	for at, fault := range cuts(t, 19, 1) {
+		far := w.far.Clone()
+		s := cutAt(far, at, fault)
+		if r := tiered(t, s, nil); r != nil && r.TakeOver(ctx, false) == nil {
+			save(r, "x", random(50, 2), nil, nil)
 		}
+		r := mustTiered(t, far, nil)
+		if r.Mirror() != "" {
+			if err := r.TakeOver(ctx, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		mustSave(t, r, "y", random(51, 2))
+		for _, p := range w.points {
+			equal(t, r, p, w.contents[p.ID])
+		}
+		clean(t, r, true)
 	}
 }
 
