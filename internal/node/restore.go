@@ -14,6 +14,7 @@ import (
 	"holdfast/internal/hypervisor/folder"
 	"holdfast/internal/image"
 	"holdfast/internal/mover"
+	"holdfast/internal/osfile"
 	"holdfast/internal/repo"
 )
 
@@ -76,7 +77,7 @@ func (n *Node) RestoreFiles(ctx context.Context, p repo.Point, q FilesRequest) (
 			return nil, err
 		}
 	}
-	return x.done, disk.SyncDir(x.dir)
+	return x.done, osfile.SyncDir(x.dir)
 }
 
 // chooseDisks picks one disk of a point, or all of them.
@@ -241,7 +242,7 @@ func (x *restore) makeDir() error {
 		return fmt.Errorf("restore: %w", err)
 	}
 	for _, dir := range x.newDirs {
-		if err := disk.SyncDir(filepath.Dir(dir)); err != nil {
+		if err := osfile.SyncDir(filepath.Dir(dir)); err != nil {
 			return err
 		}
 	}

@@ -60,6 +60,7 @@ import (
 	"sync/atomic"
 
 	"holdfast/internal/disk"
+	"holdfast/internal/osfile"
 )
 
 var (
@@ -115,7 +116,7 @@ func Create(path string, id Identity, size int64) error {
 	if err != nil {
 		return fmt.Errorf("create overlay in %s: %w", path, err)
 	}
-	err = errors.Join(create(osDir(path), bootID(), id, size), disk.SyncDir(filepath.Dir(path)), lock.Close())
+	err = errors.Join(create(osDir(path), bootID(), id, size), osfile.SyncDir(filepath.Dir(path)), lock.Close())
 	if err != nil {
 		return fmt.Errorf("create overlay in %s: %w", path, err)
 	}
