@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -65,7 +66,7 @@ func packDigest(name string) (d [32]byte, err error) {
 	if len(name) < 64 {
 		return d, fmt.Errorf("%s: %w: not a pack's name", name, ErrDamaged)
 	}
-	if d, err = parseDigest(name[len(name)-64:]); err == nil && packName(d) != name {
+	if d, err = seal.ParseDigest(name[len(name)-64:]); err == nil && packName(d) != name {
 		err = fmt.Errorf("%s: %w: not a pack's name", name, ErrDamaged)
 	}
 	return d, err
@@ -79,15 +80,15 @@ func (r *Repo) places(id pack.ID) ([]index.Place, error) {
 		return nil, err
 	}
 	s := r.current()
-	if len(s.bad) == 0 && len(s.quarantine) == 0 {
+	if len(s.Bad) == 0 && len(s.Quarantine) == 0 {
 		return all, nil
 	}
 	good := all[:0]
 	var last []index.Place
 	for _, p := range all {
 		switch {
-		case s.bad[badKey{p.Pack, id}]:
-		case s.quarantine[p.Pack] != 0:
+		case s.Bad[chain.Copy{Pack: p.Pack, ID: id}]:
+		case s.Quarantine[p.Pack] != 0:
 			last = append(last, p)
 		default:
 			good = append(good, p)
@@ -105,7 +106,7 @@ func (r *Repo) present(id pack.ID) (bool, error) {
 // presentIn gives the pack on which presence rests.
 func (r *Repo) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 	all, err := r.places(id)
-	if err != nil || len(all) == 0 || r.current().quarantine[all[0].Pack] != 0 {
+	if err != nil || len(all) == 0 || r.current().Quarantine[all[0].Pack] != 0 {
 		return name, false, err
 	}
 	return all[0].Pack, true, nil
@@ -117,12 +118,12 @@ func (r *Repo) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 // The caller does not hold refreshing.
 func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
 	for n := len(dst); ; {
-		moved := r.current().moved
+		moved := r.current().Moved
 		var err error
 		if dst, err = r.itemKnown(ctx, dst[:n], id, max); !errors.Is(err, ErrDamaged) {
 			return dst, err
 		}
-		if r.refresh(ctx) != nil || r.current().moved == moved {
+		if r.refresh(ctx) != nil || r.current().Moved == moved {
 			return dst, err
 		}
 	}
@@ -144,7 +145,7 @@ func (r *Repo) itemKnown(ctx context.Context, dst []byte, id pack.ID, max int) (
 				return dst, err
 			}
 		}
-		if len(r.current().tiers) > 0 {
+		if len(r.current().Tiers) > 0 {
 			if other, otherErr := r.openOther(ctx, dst[:n], p, id, max); otherErr == nil {
 				return other, nil
 			}

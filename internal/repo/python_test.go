@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 )
 
@@ -129,8 +130,8 @@ func TestIndependentReader(t *testing.T) {
 	clear(disks["wide"][18<<20-ChunkSize : 18<<20])
 	commit("web", a, map[string][]int{"noise": {2}, "text": {1, 2}, "wide": {18<<4 - 1}})
 	gone := commit("old", nil, nil)
-	forget := entrySealed{Points: []PointID{gone.ID}}
-	if err := r.append(ctx, kindForget, entryClear{}, forget, func(*state) error { return nil }); err != nil {
+	forget := chain.Sealed{Points: []PointID{gone.ID}}
+	if err := r.append(ctx, chain.Forget, chain.Clear{}, forget, func(*chain.State) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	delete(points, gone.ID)

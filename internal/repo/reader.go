@@ -293,7 +293,7 @@ func matches(ctx context.Context, r *Repo, fetch tree.Fetch, root tree.Root, siz
 // nothing at once.
 func (d *DiskReader) Missing(ctx context.Context) disk.Extents {
 	return func(yield func(disk.Extent, error) bool) {
-		if s := d.r.current(); len(s.bad) == 0 && len(s.gaps) == 0 && s.mended == 0 {
+		if s := d.r.current(); len(s.Bad) == 0 && len(s.Damage()) == 0 && s.Mended == 0 {
 			return
 		}
 		stopped := false

@@ -19,6 +19,7 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
 	"holdfast/internal/disk"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -269,7 +270,7 @@ func TestHistory(t *testing.T) {
 		equal(t, r, &points[i], s.content)
 	}
 	clean(t, r, true)
-	names, _ := listNames(ctx, store, "leases/")
+	names, _ := blob.Names(ctx, store, "leases/")
 	if len(names) > 0 {
 		t.Errorf("left behind: %v", names)
 	}
@@ -501,13 +502,13 @@ func TestOpenErrors(t *testing.T) {
 	}
 	change := func(prefix string, f func([]byte) []byte) *blob.Mem {
 		c := store.Clone()
-		names, _ := listNames(ctx, c, prefix)
+		names, _ := blob.Names(ctx, c, prefix)
 		c.Damage(names[0], f)
 		return c
 	}
 	without := func(prefix string) *blob.Mem {
 		c := store.Clone()
-		names, _ := listNames(ctx, c, prefix)
+		names, _ := blob.Names(ctx, c, prefix)
 		c.Delete(ctx, names[0])
 		return c
 	}
@@ -560,7 +561,7 @@ func TestRevoked(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := reopen(t, store)
-	if err := other.append(ctx, kindRevoke, entryClear{Lease: run.lease}, entrySealed{}, func(*state) error { return nil }); err != nil {
+	if err := other.append(ctx, chain.Revoke, chain.Clear{Lease: run.lease}, chain.Sealed{}, func(*chain.State) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := saveIn(run, "a", image(rng(t), 3*ChunkSize), nil, nil); !errors.Is(err, ErrRevoked) {

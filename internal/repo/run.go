@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -104,8 +105,8 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	if err != nil {
 		return nil, err
 	}
-	number, master := r.ring.Newest()
-	clear := map[string]any{"lease": lease, "chain": r.current().head}
+	number, master := r.keys.Newest()
+	clear := map[string]any{"lease": lease, "chain": r.current().Head}
 	err = putSealed(ctx, r.store, "leases/"+lease, seal.NewHeader(seal.Lease, 0, number, r.id), clear, who, master, "lease")
 	if err != nil {
 		return nil, fmt.Errorf("open a lease: %w", err)
@@ -125,7 +126,7 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	if err != nil {
 		return nil, errors.Join(err, run.Close())
 	}
-	run.began = r.current().head
+	run.began = r.current().Head
 	run.beats.Go(run.beat)
 	return run, nil
 }
@@ -141,7 +142,7 @@ func (run *Run) beat() {
 			return
 		case <-t.C:
 		}
-		number, master := run.r.ring.Newest()
+		number, master := run.r.keys.Newest()
 		err := putSealed(run.ctx, run.r.store, run.beatName(n), seal.NewHeader(seal.Beat, 0, number, run.r.id),
 			map[string]int{"beat": n}, []byte("{}"), master, "lease")
 		if err == nil && n > 1 {
@@ -265,15 +266,15 @@ func (run *Run) announce(ctx context.Context) error {
 	if len(run.shelf) == 0 {
 		return nil
 	}
-	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayAnnounce); err != nil {
+	if err := run.r.append(ctx, chain.Add, run.entry(), chain.Sealed{}, run.mayAnnounce); err != nil {
 		return err
 	}
 	run.settle()
 	return nil
 }
 
-func (run *Run) entry() entryClear {
-	c := entryClear{Lease: run.lease}
+func (run *Run) entry() chain.Clear {
+	c := chain.Clear{Lease: run.lease}
 	for _, s := range run.shelf {
 		c.Adds = append(c.Adds, s.digest[:])
 	}
@@ -281,8 +282,8 @@ func (run *Run) entry() entryClear {
 }
 
 // mayAnnounce refuses once the lease is over.
-func (run *Run) mayAnnounce(s *state) error {
-	if s.over[run.lease] == kindRevoke {
+func (run *Run) mayAnnounce(s *chain.State) error {
+	if s.Over[run.lease] == chain.Revoke {
 		return ErrRevoked
 	}
 	return nil
@@ -350,7 +351,7 @@ func (run *Run) Commit(ctx context.Context, p *Point) error {
 	return run.commit(ctx, p, run.mayCommit)
 }
 
-func (run *Run) commit(ctx context.Context, p *Point, allowed func(*state) error) error {
+func (run *Run) commit(ctx context.Context, p *Point, allowed func(*chain.State) error) error {
 	if err := run.Flush(ctx); err != nil {
 		return err
 	}
@@ -402,7 +403,7 @@ func (run *Run) endLease(ctx context.Context) error { return run.r.EndLease(ctx,
 // LeaseOpen reports whether a session's run is under way, or died without
 // ending its lease, on this machine or another.
 func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
-	names, err := listNames(ctx, r.store, "leases/"+session)
+	names, err := blob.Names(ctx, r.store, "leases/"+session)
 	return len(names) > 0, err
 }
 
@@ -410,7 +411,7 @@ func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
 // One already gone is no error.
 func (r *Repo) EndLease(ctx context.Context, session string) error {
 	lease := "leases/" + session
-	names, err := listNames(ctx, r.store, lease)
+	names, err := blob.Names(ctx, r.store, lease)
 	// The lease itself, which sorts first, goes last: a lease without beats is
 	// alive, a beat without its lease is nothing.
 	for _, name := range slices.Backward(names) {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -26,7 +27,7 @@ const deleting = 8
 // Leases were listed after the chain was read, so after every quarantine in it.
 func (p *pruner) due() (free, wait [][32]byte) {
 	h := horizon(p.m.after)
-	for name, entry := range p.m.state.quarantine {
+	for name, entry := range p.m.state.Quarantine {
 		k := p.m.packs[name]
 		_, listed := p.m.there[name]
 		switch {
@@ -59,7 +60,7 @@ func (p *pruner) sweep(ctx context.Context) error {
 			p.report.WaitingBytes += p.size(name)
 		}
 		if len(wait) > 0 {
-			p.waitsFor(p.m.state.quarantined)
+			p.waitsFor(p.m.state.Quarantined)
 		}
 		if len(free) == 0 {
 			return nil
@@ -110,7 +111,7 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if len(affected) == 0 {
 		return nil, nil // what an earlier sweep did not come to delete
 	}
-	var c entryClear // without the lease: the packs are not this run's
+	var c chain.Clear // without the lease: the packs are not this run's
 	for d := range affected {
 		old = append(old, d)
 	}
@@ -158,7 +159,7 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if err := p.lockIndexes(ctx, c.Adds); err != nil {
 		return nil, err
 	}
-	if err := p.r.append(ctx, kindSweep, c, entrySealed{}, p.unmoved); err != nil {
+	if err := p.r.append(ctx, chain.Sweep, c, chain.Sealed{}, p.unmoved); err != nil {
 		return nil, err
 	}
 	return old, p.m.adopt(ctx)
@@ -232,13 +233,13 @@ func (p *pruner) end(ctx context.Context) error {
 // committed or revoked, and, when no run is open, index objects that no entry
 // lists: replaced by a sweep, or never added by a run that died.
 func (p *pruner) tidy(ctx context.Context) error {
-	names, err := listNames(ctx, p.r.store, "leases/")
+	names, err := blob.Names(ctx, p.r.store, "leases/")
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		session, _, _ := strings.Cut(strings.TrimPrefix(name, "leases/"), ".")
-		if p.m.state.over[session] == 0 {
+		session, _, _ := splitName(name)
+		if p.m.state.Over[session] == 0 {
 			continue
 		}
 		if err := p.r.store.Delete(ctx, name); err != nil && !errors.Is(err, blob.ErrNotExist) {
@@ -252,8 +253,8 @@ func (p *pruner) tidy(ctx context.Context) error {
 		return nil
 	}
 	for _, name := range p.indexes {
-		d, err := parseDigest(strings.TrimPrefix(name, "index/"))
-		if err != nil || p.m.state.indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
+		d, err := seal.ParseDigest(strings.TrimPrefix(name, "index/"))
+		if err != nil || p.m.state.Indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
 			continue
 		}
 		ours, err := p.header(ctx, name, seal.Index)

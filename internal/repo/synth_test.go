@@ -52,7 +52,7 @@ func TestSynthesize(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d chunks, %d entries", s.chunks, r.current().head)
+	t.Logf("%d chunks, %d entries", s.chunks, r.current().Head)
 }
 
 type synth struct {
