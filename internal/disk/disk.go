@@ -50,6 +50,18 @@ type Reader interface {
 	Close() error
 }
 
+// Feeder is a Reader that reads much at once in an order of its own, as what
+// lies scattered on a spinning disk should be read.
+type Feeder interface {
+	Reader
+	// Feed reads the data of extents, and gives it to put in pieces of at most
+	// 1 MiB, from up to workers goroutines at once. The disk is cut in windows of
+	// so many bytes: no piece comes before all of the windows before its own have
+	// been read. A piece is put's until it returns. The first error ends it all;
+	// Feed returns when no call of put is under way.
+	Feed(ctx context.Context, extents Extents, window int64, workers int, put func(ctx context.Context, p []byte, off int64) error) error
+}
+
 // Writer is a disk that can be written. WriteAt and ZeroAt of disjoint ranges
 // may run in parallel. p belongs to the caller again when WriteAt returns.
 type Writer interface {

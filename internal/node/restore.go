@@ -360,7 +360,7 @@ func (n *Node) fill(ctx context.Context, out disk.Writer, d repo.Disk, name stri
 	m.AddTotal(total)
 	end := n.o.Report.task(name, m)
 	defer end()
-	c, err := mover.Copy(ctx, out, src, extents(), mover.Options{Align: repo.ChunkSize, Meter: m})
+	c, err := mover.Copy(ctx, out, src, extents(), mover.Options{Align: repo.ChunkSize, Window: repo.ReadWindow, Meter: m})
 	if err != nil {
 		return c.Written, err
 	}

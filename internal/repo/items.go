@@ -26,10 +26,17 @@ type openerCache struct {
 
 // opener reads a pack's header.
 func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) {
-	return r.openers.lru.get(ctx, name, func() (*pack.Opener, error) {
-		p, err := r.get(ctx, packName(name), 0, seal.HeaderLen)
-		if err != nil {
-			return nil, err
+	return r.openerOf(ctx, name, nil)
+}
+
+// openerOf is opener for a pack whose first bytes are there; they are read when
+// they are not.
+func (r *Repo) openerOf(ctx context.Context, name [32]byte, p []byte) (*pack.Opener, error) {
+	return r.openers.lru.get(ctx, name, func() (_ *pack.Opener, err error) {
+		if len(p) < seal.HeaderLen {
+			if p, err = r.get(ctx, packName(name), 0, seal.HeaderLen); err != nil {
+				return nil, err
+			}
 		}
 		h, master, err := r.packHeader(ctx, p)
 		if err != nil {

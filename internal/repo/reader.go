@@ -2,11 +2,9 @@ package repo
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"holdfast/internal/disk"
-	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -81,14 +79,7 @@ func (d *DiskReader) read(ctx context.Context, p []byte, off int64) error {
 	if len(p) <= cachedRead {
 		return d.readCached(ctx, p, off, first, ids)
 	}
-	for len(ids) > 0 {
-		n, err := d.readRun(ctx, p, off, first, ids)
-		if err != nil {
-			return err
-		}
-		first, ids = first+int64(n), ids[n:]
-	}
-	return nil
+	return d.readMany(ctx, p, off, first, ids)
 }
 
 // part gives the piece of p, which lies at off, that chunk i fills, and where
@@ -127,104 +118,6 @@ func (d *DiskReader) chunk(ctx context.Context, dst []byte, id pack.ID) ([]byte,
 	return dst, err
 }
 
-// readRun reads the chunks at the front of ids that are zeros, or that lie one
-// after another in one pack, with one request. It says how many it took.
-func (d *DiskReader) readRun(ctx context.Context, p []byte, off, first int64, ids []pack.ID) (int, error) {
-	if ids[0] == (pack.ID{}) {
-		piece, _ := part(p, off, first)
-		clear(piece)
-		return 1, nil
-	}
-	run, err := d.neighbours(ids)
-	if err != nil {
-		return 0, err
-	}
-	if len(run) == 0 { // no copy that is known to be good
-		return 1, d.readCached(ctx, p, off, first, ids[:1])
-	}
-	stored, err := d.fetchRun(ctx, run)
-	if err != nil && !errors.Is(err, ErrDamaged) {
-		return 0, err
-	}
-	var o *pack.Opener
-	if err == nil {
-		if o, err = d.r.opener(ctx, run[0].Pack); err != nil && !errors.Is(err, ErrDamaged) {
-			return 0, err
-		}
-	}
-	var scratch []byte
-	for k, at := range run {
-		piece, from := part(p, off, first+int64(k))
-		whole := len(piece) == ChunkSize
-		dst := piece[:0]
-		if !whole {
-			if scratch == nil {
-				scratch = make([]byte, 0, ChunkSize)
-			}
-			dst = scratch
-		}
-		content, ok := dst, false
-		if err == nil {
-			var openErr error
-			content, openErr = o.Open(dst, stored[at.Offset-run[0].Offset:][:at.Stored], int(at.Number), ids[k], ChunkSize)
-			ok = openErr == nil && len(content) == ChunkSize
-		}
-		if !ok { // once more on its own, from any copy
-			if content, err = d.chunk(ctx, dst, ids[k]); err != nil {
-				return 0, err
-			}
-			err = errRunBad
-		}
-		if !whole || &content[0] != &piece[0] {
-			copy(piece, content[from:])
-		}
-	}
-	return len(run), nil
-}
-
-// errRunBad sends the rest of a run that could not be read or opened at once
-// through single reads.
-var errRunBad = fmt.Errorf("%w: run of chunks", ErrDamaged)
-
-// neighbours gives the places of the chunks at the front of ids that lie one
-// after another in one pack.
-func (d *DiskReader) neighbours(ids []pack.ID) ([]index.Place, error) {
-	var run []index.Place
-	for _, id := range ids {
-		if id == (pack.ID{}) {
-			break
-		}
-		places, err := d.r.places(id)
-		if err != nil {
-			return nil, err
-		}
-		if len(run) == 0 {
-			if len(places) == 0 {
-				return nil, nil
-			}
-			run = append(run, places[0])
-			continue
-		}
-		last := run[len(run)-1]
-		next := -1
-		for i, p := range places {
-			if p.Pack == last.Pack && p.Number == last.Number+1 && p.Offset == last.Offset+last.Stored {
-				next = i
-			}
-		}
-		if next < 0 {
-			break
-		}
-		run = append(run, places[next])
-	}
-	return run, nil
-}
-
-func (d *DiskReader) fetchRun(ctx context.Context, run []index.Place) ([]byte, error) {
-	last := run[len(run)-1]
-	return d.r.get(ctx, packName(run[0].Pack), int64(run[0].Offset), int64(last.Offset+last.Stored-run[0].Offset))
-}
-
 // Extents covers [off, off+n): zero where the map has nothing.
 func (d *DiskReader) Extents(ctx context.Context, off, n int64) disk.Extents {
 	return func(yield func(disk.Extent, error) bool) {
@@ -244,7 +137,11 @@ func (d *DiskReader) Extents(ctx context.Context, off, n int64) disk.Extents {
 			return (gap.Len == 0 || yield(gap, nil)) && yield(data, nil)
 		}
 		stopped := false
-		err := tree.Present(ctx, d.r.node, d.root, first, first+count, func(from, to int64) bool {
+		fetch := d.r.node
+		if n >= aheadBytes {
+			fetch = d.r.nodeAhead
+		}
+		err := tree.Present(ctx, fetch, d.root, first, first+count, func(from, to int64) bool {
 			a, b := max(off, from*ChunkSize), min(end, to*ChunkSize)
 			if data.Len > 0 && data.End() == a {
 				data.Len += b - a
