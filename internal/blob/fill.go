@@ -1,0 +1,20 @@
+package blob
+
+import "context"
+
+// Filler is optional: a store that reads into memory which the caller has.
+type Filler interface {
+	// Fill is Get of len(p) bytes into p.
+	Fill(ctx context.Context, name string, off int64, p []byte) error
+}
+
+// Fill reads len(p) bytes of an object at off into p. It fails as Get does;
+// what p holds then is not told.
+func Fill(ctx context.Context, s Store, name string, off int64, p []byte) error {
+	if f, ok := s.(Filler); ok {
+		return f.Fill(ctx, name, off, p)
+	}
+	q, err := s.Get(ctx, name, off, int64(len(p)))
+	copy(p, q)
+	return err
+}
