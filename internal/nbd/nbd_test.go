@@ -47,6 +47,9 @@ func (k kept) Size() int64 { return k.d.Size() }
 func (k kept) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return k.d.ReadAt(ctx, p, off)
 }
+func (k kept) ReadCached(p []byte, off int64) bool {
+	return disk.ReadCached(disktest.HalfCached(k.d), p, off)
+}
 func (k kept) Extents(ctx context.Context, off, n int64) disk.Extents {
 	return k.d.Extents(ctx, off, n)
 }

@@ -171,7 +171,7 @@ func (r *Repo) openEach(ctx context.Context, s *stretch, stored []byte, o *pack.
 // readers is how many of so many workers read from the store at once, and how
 // much each.
 func (r *Repo) readers(workers int) (n int, max uint32) {
-	if _, ok := blob.As[blob.OneHead](r.store); ok && len(r.current().tiers) == 0 {
+	if _, ok := blob.As[blob.OneHead](r.store); ok && len(r.current().Tiers) == 0 {
 		return 1, nearBytes
 	}
 	return workers, farBytes

@@ -97,15 +97,40 @@ func (d *DiskReader) readCached(ctx context.Context, p []byte, off, first int64,
 			clear(piece)
 			continue
 		}
-		chunk, err := d.r.chunks.get(ctx, id, func() ([]byte, error) {
-			return d.chunk(ctx, make([]byte, 0, ChunkSize), id)
+		err := d.r.chunks.read(ctx, id, piece, from, func(buf []byte) error {
+			content, err := d.chunk(ctx, buf[:0], id)
+			if err == nil && &content[0] != &buf[0] {
+				copy(buf, content)
+			}
+			return err
 		})
 		if err != nil {
 			return err
 		}
-		copy(piece, chunk[from:])
 	}
 	return nil
+}
+
+// ReadCached fills p with the bytes at off if they, and the map's nodes for them,
+// are in memory.
+func (d *DiskReader) ReadCached(p []byte, off int64) bool {
+	if disk.CheckRange(d.size, off, int64(len(p))) != nil || len(p) > ChunkSize {
+		return false
+	}
+	first, count := chunkRange(off, int64(len(p)))
+	var ids [2]pack.ID
+	if tree.Lookup(context.Background(), d.r.cachedNode, d.root, first, ids[:count]) != nil {
+		return false
+	}
+	for k, id := range ids[:count] {
+		piece, from := part(p, off, first+int64(k))
+		if id == (pack.ID{}) {
+			clear(piece)
+		} else if !d.r.chunks.peek(id, piece, from) {
+			return false
+		}
+	}
+	return true
 }
 
 // chunk reads one whole chunk.

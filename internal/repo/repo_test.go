@@ -166,6 +166,11 @@ func differs(r *Repo, p *Point, content []byte) error {
 		if !bytes.Equal(got[:n], content[off:off+n]) {
 			return fmt.Errorf("%s: read [%d, +%d) differs", p.ID, off, n)
 		}
+		n = min(n, ChunkSize)
+		clear(got[:n])
+		if !d.ReadCached(got[:n], int64(off)) || !bytes.Equal(got[:n], content[off:off+n]) {
+			return fmt.Errorf("%s: cached read [%d, +%d) differs", p.ID, off, n)
+		}
 	}
 	at := int64(0)
 	for e, err := range d.Extents(ctx, 0, d.Size()) {
