@@ -27,7 +27,7 @@ func (b *bench) s3(ctx context.Context) (err error) {
 	dir := filepath.Join(b.work, "s3")
 	server := &lab.S3{Program: "bin/lab/versitygw", Root: filepath.Join(dir, "root"), Access: "bench", Secret: "benchbench"}
 	if _, err := os.Stat(server.Program); err != nil {
-		b.say("no S3 server to measure with: %v", err)
+		b.leave("versitygw")
 		return nil
 	}
 	if err := os.MkdirAll(filepath.Join(server.Root, "bench"), 0o755); err != nil {
@@ -62,20 +62,15 @@ func (b *bench) s3(ctx context.Context) (err error) {
 		if near {
 			at, name = server.Addr, "S3, near"
 		}
-		tool := &cli.Tool{Bin: b.bin, Passphrase: "bench", State: filepath.Join(dir, "state", fmt.Sprint(i)),
+		tool := &cli.Tool{Bin: b.bin, Passphrase: passphrase, State: filepath.Join(dir, "state", fmt.Sprint(i)),
 			Repo: fmt.Sprintf("s3://bench/%d?endpoint=http://%s&path-style=true", i, at)}
 		b.tools = append(b.tools, tool)
-		if err := errors.Join(tool.Run(ctx, "init").Err(), level(filepath.Join(b.work, "fill")), warm(b.disk()), syncAll(b.work)); err != nil {
+		if err := tool.Run(ctx, "init").Err(); err != nil {
 			return err
 		}
-		from := time.Now()
-		r := tool.Run(ctx, "backup", b.source())
-		if err := errors.Join(r.Err(), syncAll(b.work)); err != nil {
+		if err := b.measure([]kind{{name, b.disk(), func() error { return b.job(ctx, tool, name, "backup", b.source()) }, nil}}); err != nil {
 			return err
 		}
-		took := time.Since(from)
-		b.times[name], b.rss = append(b.times[name], took), append(b.rss, r.MaxRSS)
-		b.say("backup, %s: %.1f s", name, took.Seconds())
 		if err := os.RemoveAll(filepath.Join(server.Root, "bench", fmt.Sprint(i))); err != nil {
 			return err
 		}
