@@ -143,6 +143,9 @@ func (b *bench) facts() [][2]string {
 			facts = append(facts, [2]string{p.name, fact(p.name, p.name, p.version)})
 		}
 	}
+	if b.used == 0 {
+		return facts
+	}
 	return append(facts, [2]string{"disk", fmt.Sprintf("%.1f GiB, of which %.1f GiB data: a copy of this machine's /usr in ext4, databases, a log", gib(b.size), gib(b.used))})
 }
 

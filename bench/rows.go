@@ -74,7 +74,7 @@ var sections = []section{
 		{what: "`check --read-data`", key: "check, memory", unit: "MB", most: 256},
 		{what: "`publish`, after all reads", key: "holdfast, memory", unit: "MB", most: 256},
 	}},
-	{"Growth", "An opening for the first time is one without a cache on the machine. Finding is of chunks that are there and of as many that are not, at random, in a process that has opened the repository.", append(growing(),
+	{"Growth", "Ratios are against a tenth of the chunks. An opening for the first time is one without a cache on the machine. Finding is of chunks that are there and of as many that are not, at random, in a process that has opened the repository.", append(growing(),
 		row{what: "10 million chunks, 1,000 restore points: opening for the first time", key: "first opening", most: 3},
 		row{what: "10 million chunks, 1,000 restore points: memory of the first opening", key: "first opening, memory", unit: "MB", most: 200},
 		row{what: "10 million chunks, 1,000 restore points: opening", key: "opening", most: 1},

@@ -74,24 +74,24 @@ var sizes = []struct {
 	vms  int // of 524,288 chunks each
 }{{"1 million", 2}, {"10 million", 19}, {"100 million", 191}}
 
-// growing are the rows of growth.
+// growing are the rows of growth: ratios are against a tenth of the chunks.
 func growing() (rows []row) {
-	const last = 2
+	of := sizes[0].name
 	for i, s := range sizes {
-		aim := func(r row, most float64) row {
-			if i == last {
-				r.most = most
+		aim := func(most float64) float64 {
+			if i < len(sizes)-1 {
+				return 0
 			}
-			return r
+			return most
 		}
-		of := sizes[0].name
 		rows = append(rows,
 			row{what: s.name + " chunks: opening for the first time", key: s.name + ", first"},
-			aim(row{what: s.name + " chunks: memory of the first opening", key: s.name + ", first, memory", unit: "MB"}, 300),
-			aim(row{what: s.name + " chunks: opening", key: s.name, of: of}, 2),
-			aim(row{what: s.name + " chunks: memory of opening", key: s.name + ", memory", unit: "MB"}, 300),
-			aim(row{what: s.name + " chunks: finding one", key: s.name + ", found", unit: "µs", of: of + ", found"}, 3),
-			aim(row{what: s.name + " chunks: finding that one is not there", key: s.name + ", absent", unit: "µs", of: of + ", absent"}, 3))
+			row{what: s.name + " chunks: memory of the first opening", key: s.name + ", first, memory", unit: "MB", most: aim(300)},
+			row{what: s.name + " chunks: opening", key: s.name, of: of, most: aim(2)},
+			row{what: s.name + " chunks: memory of opening", key: s.name + ", memory", unit: "MB", most: aim(300)},
+			row{what: s.name + " chunks: finding one", key: s.name + ", found", unit: "µs", of: of + ", found", most: aim(2)},
+			row{what: s.name + " chunks: finding that one is not there", key: s.name + ", absent", unit: "µs", of: of + ", absent", most: aim(2)})
+		of = s.name
 	}
 	return rows
 }
