@@ -3,7 +3,7 @@
 # make build   bin/holdfast
 # make race    the fast part of the tests, under the race detector
 # make lint    gofmt, vet (Linux and Windows), staticcheck
-# make bench   speed against qemu-img, into bench/results.md   QUICK=1, CLEAN=1, ONLY=part
+# make bench   speed beside others', into bench/results.md      QUICK=1, CLEAN=1, ONLY=part
 # make soak    hours of random histories and kills             SOAK_ROUNDS=200, SOAK_HOURS=8, SEED=n
 #
 # demo, test, bench and soak install Debian packages that are missing and start

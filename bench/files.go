@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -64,15 +65,20 @@ func usage(root string) (int64, error) {
 	return n, err
 }
 
-// warm reads a file, so that it is in the page cache as far as it fits.
-func warm(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = io.Copy(io.Discard, f)
-	return err
+// warm reads all files of a tree, or one file, so that they are in the page
+// cache as far as they fit.
+func warm(root string) error {
+	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, f)
+		return errors.Join(err, f.Close())
+	})
 }
 
 // level brings memory into the state in which machines are that have run for a
@@ -114,11 +120,6 @@ func syncAll(dir string) error {
 	}
 	defer f.Close()
 	return unix.Syncfs(int(f.Fd()))
-}
-
-// same compares the disk with the one that was restored.
-func same(ctx context.Context, disk, dir string) error {
-	return command(ctx, "cmp", disk, filepath.Join(dir, filepath.Base(disk)))
 }
 
 func command(ctx context.Context, name string, args ...string) error {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"holdfast/test/cli"
 	"holdfast/test/lab"
 )
 
@@ -55,7 +56,7 @@ func (b *bench) guests(ctx context.Context) error {
 			return err
 		}
 		for _, g := range []*lab.Guest{small, big} {
-			if err := b.recover(ctx, g, g == big); err != nil {
+			if err := b.recover(ctx, tool, g, g == big); err != nil {
 				return err
 			}
 		}
@@ -88,13 +89,12 @@ func (b *bench) local(ctx context.Context, g *lab.Guest) error {
 	if err := login(ctx, g.Name); err != nil {
 		return err
 	}
-	b.add("local boot", time.Since(from))
+	b.took("local boot", from)
 	return g.PowerOff(ctx)
 }
 
 // recover boots a guest from its backup.
-func (b *bench) recover(ctx context.Context, g *lab.Guest, big bool) error {
-	tool := b.tools[len(b.tools)-1]
+func (b *bench) recover(ctx context.Context, tool *cli.Tool, g *lab.Guest, big bool) error {
 	name := g.Name + "-recovered"
 	from := time.Now()
 	p, err := tool.Start("recover", g.Name+"@latest", "--host", host, "--storage", b.store, "--name", name)
@@ -108,25 +108,20 @@ func (b *bench) recover(ctx context.Context, g *lab.Guest, big bool) error {
 		return err
 	}
 	if big {
-		b.add("first read, 64 TiB", read.Sub(from))
+		b.add("first read, 64 TiB", read.Sub(from).Seconds())
 	} else {
-		b.add("first read, 4 GiB", read.Sub(from))
+		b.add("first read, 4 GiB", read.Sub(from).Seconds())
 		if err := login(ctx, name); err != nil {
 			return err
 		}
-		b.add("recovered boot", time.Since(began))
-		b.add("recover to login", time.Since(from))
+		b.took("recovered boot", began)
+		b.took("recover to login", from)
 	}
 	s, err := tool.Find(ctx, name)
 	if err != nil {
 		return err
 	}
 	return tool.Run(ctx, "undo", s.Session).Err()
-}
-
-func (b *bench) add(what string, d time.Duration) {
-	b.times[what] = append(b.times[what], d)
-	b.say("%s: %.2f s", what, d.Seconds())
 }
 
 // firstRead returns when QEMU was first seen to have read for the guest. began

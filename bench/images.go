@@ -21,7 +21,7 @@ func (b *bench) image(ctx context.Context, format string) (string, error) {
 	if format == "raw" {
 		return b.disk(), nil
 	}
-	path := filepath.Join(b.source(), "..", filepath.Base(b.source())+"."+format)
+	path := b.source() + "." + format
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}
@@ -46,13 +46,7 @@ func (b *bench) images(ctx context.Context) error {
 		}
 		to := filepath.Join(b.work, "converted."+c.to)
 		for _, who := range []string{"qemu-img", "holdfast"} {
-			if err := level(filepath.Join(b.work, "fill")); err != nil {
-				return err
-			}
-			if err := warm(from); err != nil {
-				return err
-			}
-			if err := syncAll(b.work); err != nil {
+			if err := b.calm(from); err != nil {
 				return err
 			}
 			began := time.Now()
@@ -67,7 +61,7 @@ func (b *bench) images(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			b.add(who+", "+c.name, time.Since(began))
+			b.took(who+", "+c.name, began)
 			if err := os.Remove(to); err != nil {
 				return err
 			}

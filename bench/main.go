@@ -1,30 +1,35 @@
 //go:build linux
 
-// Bench measures Holdfast against qemu-img and against a guest on a local disk,
-// in one run on one machine, and writes bench/results.md. Run it with
-// "make bench"; QUICK=1 takes about two minutes and writes no file, CLEAN=1
-// removes the data.
+// Bench measures Holdfast beside qemu-img, qemu-nbd, borg, restic and a guest on
+// a local disk, in one run on one machine, and writes bench/results.md and
+// bench/results.svg. Run it with "make bench": some 25 minutes on two cores, and
+// ten more when its data is made, which stays. QUICK=1 takes two minutes and
+// writes no file, ONLY=part measures one part, CLEAN=1 removes the data.
 //
-// What is compared, on a disk that holds a copy of this machine's /usr:
+// The parts, on a disk that holds a copy of this machine's /usr, databases and
+// logs:
 //
-//	copy        qemu-img convert raw to raw: what everything is a multiple of
-//	backup      a full backup of the same file into a new repository
-//	unchanged   the second backup of the same file
-//	restore     that restore point into a raw file
-//	check       "check --read-data" of the same repository, as its bytes come
-//	            from the page cache for both
-//	S3          a full backup into an S3 server on this machine, and into one
-//	            that answers every request 50 ms later
-//	first read  from the command "recover" to the guest's first read, with
-//	            disks of two sizes
-//	boot        from the guest's start to its login prompt: from the backup,
-//	            and from a local raw disk
+//	disks       reading the file, copying it, full backups, the second one, restore, check
+//	peers       full backups by borg and restic; one round
+//	extremes    a disk of zeros and one of random bytes
+//	publish     reads over NBD: random ones, whose data is in the server's
+//	            caches or is not, and one after the other
+//	images      conversions of disk images
 //	synthetic   opening and pruning a repository of ten million chunks and a
 //	            thousand restore points
+//	s3          full backups into an S3 server on this machine, and into one
+//	            that answers every request 50 ms later
+//	changes     increments by a change map, and restores from a spinning disk
+//	            before and after many; the disk is simulated, by adding up time
+//	growth      opening repositories of 1, 10 and 100 million chunks, and
+//	            finding chunks in them; one round
+//	guests      from the command "recover" to the guest's first read, with disks
+//	            of two sizes; from the guest's start to its login prompt
 //
 // A timed copy, backup or restore ends when its target's filesystem is synced.
 // The kinds alternate, so that a slow minute of the machine hurts all of them.
-// The source is in the page cache, as far as it fits.
+// What is read is in the page cache, as far as it fits. Peers that are not
+// installed are left out, and the results say so.
 package main
 
 import (
@@ -44,80 +49,32 @@ import (
 )
 
 func main() {
-	bin := flag.String("holdfast", "bin/holdfast", "the program")
-	data := flag.String("data", "bench/data", "directory for the data, up to 40 GB")
-	out := flag.String("out", "bench/results.md", "where the results go")
-	quick := flag.Bool("quick", false, "a small disk and one run; prints only")
+	b := &bench{began: time.Now(), figures: map[string][]float64{}}
+	flag.StringVar(&b.bin, "holdfast", "bin/holdfast", "the program")
+	flag.StringVar(&b.data, "data", "bench/data", "directory for the data, up to 50 GB")
+	flag.StringVar(&b.repoTest, "repotest", "bin/lab/repo.test", "the tests of internal/repo, which make the synthetic repositories")
+	flag.StringVar(&b.only, "only", "", "measure only that `part`; prints only")
+	flag.BoolVar(&b.quick, "quick", false, "a small disk and one round; prints only")
+	flag.IntVar(&b.runs, "runs", 3, "how often everything is measured")
+	out := flag.String("out", "bench/results.md", "where the results go; the plot beside it")
 	clean := flag.Bool("clean", false, "remove the data and do nothing else")
-	runs := flag.Int("runs", 3, "how often everything is measured")
-	repoTest := flag.String("repotest", "bin/lab/repo.test", "the tests of internal/repo, which make the synthetic repository")
-	only := flag.String("only", "", "measure only \"disks\", \"images\", \"synthetic\" or \"guests\"; prints only")
+	changes := flag.String("changes", "", "do the work of the part \"changes\" on this `disk`; started by that part")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *bin, *data, *out, *repoTest, *only, *quick, *clean, *runs); err != nil {
+	var err error
+	switch {
+	case *clean:
+		err = os.RemoveAll(b.data)
+	case *changes != "":
+		err = change(ctx, *changes, b.runs)
+	default:
+		err = b.run(ctx, *out)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
-}
-
-func run(ctx context.Context, bin, data, out, repoTest, only string, quick, clean bool, runs int) (err error) {
-	if data, err = filepath.Abs(data); err != nil {
-		return err
-	}
-	if clean {
-		return os.RemoveAll(data)
-	}
-	if bin, err = filepath.Abs(bin); err != nil {
-		return err
-	}
-	if repoTest, err = filepath.Abs(repoTest); err != nil {
-		return err
-	}
-	b := &bench{bin: bin, data: data, repoTest: repoTest, only: only, runs: runs, size: 10 << 30, began: time.Now(),
-		times: map[string][]time.Duration{}, peak: map[string]int64{}}
-	if quick {
-		b.runs, b.size = 1, 2<<30
-	}
-	defer func() { err = errors.Join(err, b.clean()) }()
-	if err := b.prepare(ctx); err != nil {
-		return err
-	}
-	for i := range b.runs {
-		b.say("run %d of %d", i+1, b.runs)
-		for _, part := range []struct {
-			name string
-			do   func() error
-		}{
-			{"disks", func() error { return b.disks(ctx, i) }},
-			{"images", func() error { return b.images(ctx) }},
-			{"synthetic", func() error { return b.synthetic(ctx) }},
-		} {
-			if only != "" && only != part.name {
-				continue
-			}
-			if err := part.do(); err != nil {
-				return err
-			}
-		}
-	}
-	for _, part := range []struct {
-		name string
-		do   func(context.Context) error
-	}{{"s3", b.s3}, {"guests", b.guests}} {
-		if only != "" && only != part.name {
-			continue
-		}
-		if err := part.do(ctx); err != nil {
-			return err
-		}
-	}
-	report := b.report()
-	fmt.Print("\n", report)
-	if quick || only != "" {
-		return nil
-	}
-	return os.WriteFile(out, []byte(report), 0o644)
 }
 
 // bench is one run of everything.
@@ -125,168 +82,124 @@ type bench struct {
 	bin, data string
 	repoTest  string // tests of internal/repo
 	only      string // part to be measured; "" for all
+	quick     bool
 	runs      int
 	size      int64 // of the disk, bytes
 	began     time.Time
 
-	used   int64 // bytes of the disk that hold data
-	times  map[string][]time.Duration
-	rss    []int64          // peak memory of each full backup, bytes
-	peak   map[string]int64 // peak memory of other jobs, bytes
-	stored int64            // bytes in the repository after the full backup
-	work   string           // scratch, on the same filesystem as the data
-	store  string           // the guests' storage
-	keep   []*lab.Guest
-	tools  []*cli.Tool
+	used    int64                // bytes of the disk that hold data
+	figures map[string][]float64 // what was measured, by the keys of rows; in their units
+	absent  []string             // peers that are not installed
+	work    string               // scratch, on the same filesystem as the data
+	store   string               // the guests' storage
+	full    *cli.Tool            // its repository has a point of the disk, which it needs not make
+	keep    []*lab.Guest
+	tools   []*cli.Tool
+}
+
+// part is what can be measured alone.
+type part struct {
+	name string
+	once bool // in one round, however many there are
+	do   func(ctx context.Context) error
+}
+
+func (b *bench) run(ctx context.Context, out string) (err error) {
+	for _, path := range []*string{&b.bin, &b.data, &b.repoTest} {
+		if *path, err = filepath.Abs(*path); err != nil {
+			return err
+		}
+	}
+	b.size = 10 << 30
+	if b.quick {
+		b.runs, b.size = 1, 2<<30
+	}
+	parts := []part{
+		{"disks", false, b.disks}, {"publish", false, b.publish}, {"extremes", false, b.extremes},
+		{"images", false, b.images}, {"synthetic", false, b.synthetic},
+		{"peers", true, b.peers}, {"s3", true, b.s3}, {"changes", true, b.changes}, {"growth", true, b.growth}, {"guests", true, b.guests},
+	}
+	if b.quick && b.only == "" { // the slowest for what it shows
+		parts = slices.DeleteFunc(parts, func(p part) bool { return p.name == "synthetic" })
+	}
+	if b.only != "" {
+		parts = slices.DeleteFunc(parts, func(p part) bool { return p.name != b.only })
+		if len(parts) == 0 {
+			return fmt.Errorf("there is no part %q", b.only)
+		}
+	}
+	defer func() { err = errors.Join(err, b.clean()) }()
+	if err := b.prepare(ctx); err != nil {
+		return err
+	}
+	for i := range b.runs {
+		for _, p := range parts {
+			if p.once && i < b.runs-1 {
+				continue
+			}
+			b.say("round %d of %d: %s", i+1, b.runs, p.name)
+			if err := p.do(ctx); err != nil {
+				return fmt.Errorf("%s: %w", p.name, err)
+			}
+		}
+	}
+	report := b.report(filepath.Base(plotFile(out)))
+	fmt.Print("\n", report)
+	if b.quick || b.only != "" {
+		return nil
+	}
+	return errors.Join(os.WriteFile(out, []byte(report), 0o644), os.WriteFile(plotFile(out), b.plot(), 0o644))
 }
 
 func (b *bench) say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "%6.0f s  %s\n", time.Since(b.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// source is the folder host with the disk.
-func (b *bench) source() string { return filepath.Join(b.data, fmt.Sprintf("vms-%d", b.size>>30)) }
-func (b *bench) disk() string   { return filepath.Join(b.source(), "usr.raw") }
-
-// prepare makes the disk once.
-func (b *bench) prepare(ctx context.Context) error {
-	if err := os.MkdirAll(b.source(), 0o755); err != nil {
-		return err
-	}
-	b.work = filepath.Join(b.data, "work")
-	if err := os.RemoveAll(b.work); err != nil {
-		return err
-	}
-	if err := os.Mkdir(b.work, 0o755); err != nil {
-		return err
-	}
-	if b.only == "synthetic" {
-		return nil
-	}
-	if _, err := os.Stat(b.disk()); err != nil {
-		b.say("making a disk of %d GiB from /usr, once", b.size>>30)
-		if err := b.makeDisk(ctx); err != nil {
-			return err
-		}
-	}
-	fi, err := os.Stat(b.disk())
-	if err != nil {
-		return err
-	}
-	b.used = fi.Sys().(*syscall.Stat_t).Blocks * 512
-	return nil
+// add notes a figure, in its row's unit.
+func (b *bench) add(key string, v float64) {
+	b.figures[key] = append(b.figures[key], v)
+	b.say("%s: %s", key, number(v))
 }
 
-// makeDisk fills an ext4 with directories of /usr, up to three quarters.
-func (b *bench) makeDisk(ctx context.Context) error {
-	tree := filepath.Join(b.work, "tree")
-	if err := os.Mkdir(tree, 0o755); err != nil {
-		return err
-	}
-	dirs, err := pick("/usr", b.size*6/10)
-	if err != nil {
-		return err
-	}
-	for _, dir := range dirs {
-		to := filepath.Join(tree, dir)
-		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-			return err
-		}
-		if err := command(ctx, "cp", "-a", dir, to); err != nil {
-			return err
-		}
-	}
-	tmp := b.disk() + ".new"
-	f, err := os.Create(tmp)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(f.Truncate(b.size), f.Close()); err != nil {
-		return err
-	}
-	if err := command(ctx, "mke2fs", "-q", "-t", "ext4", "-F", "-d", tree, "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", tmp); err != nil {
-		return err
-	}
-	if err := os.RemoveAll(tree); err != nil {
-		return err
-	}
-	return os.Rename(tmp, b.disk())
-}
+// took notes how long something took.
+func (b *bench) took(key string, from time.Time) { b.add(key, time.Since(from).Seconds()) }
 
 // tool makes a Holdfast with a repository of its own.
 func (b *bench) tool(ctx context.Context, dir string) (*cli.Tool, error) {
-	t := &cli.Tool{Bin: b.bin, Repo: filepath.Join(dir, "repo"), State: filepath.Join(dir, "state"), Passphrase: "bench"}
+	t := &cli.Tool{Bin: b.bin, Repo: filepath.Join(dir, "repo"), State: filepath.Join(dir, "state"), Passphrase: passphrase}
 	b.tools = append(b.tools, t)
 	return t, t.Run(ctx, "init").Err()
 }
 
-// disks measures copy, backup, unchanged, restore and check once.
-func (b *bench) disks(ctx context.Context, run int) error {
-	dir := filepath.Join(b.work, "disks")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return err
+const passphrase = "bench"
+
+// point is a repository with one restore point of the disk.
+func (b *bench) point(ctx context.Context) (*cli.Tool, error) {
+	if b.full != nil {
+		return b.full, nil
 	}
-	defer os.RemoveAll(dir)
-	tool, err := b.tool(ctx, dir)
+	t, err := b.tool(ctx, filepath.Join(b.work, "point"))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	copied := filepath.Join(dir, "copy.raw")
-	restored := filepath.Join(dir, "restored")
-	kinds := []struct {
-		name  string
-		do    func() error
-		after func() error
-	}{
-		{"copy", func() error {
-			return command(ctx, "qemu-img", "convert", "-f", "raw", "-O", "raw", b.disk(), copied)
-		}, func() error { return os.Remove(copied) }},
-		{"backup", func() error {
-			r := tool.Run(ctx, "backup", b.source())
-			b.rss = append(b.rss, r.MaxRSS)
-			return r.Err()
-		}, func() error {
-			b.stored, err = usage(tool.Repo)
-			return err
-		}},
-		{"unchanged", func() error { return tool.Run(ctx, "backup", b.source()).Err() }, nil},
-		{"restore", func() error {
-			return tool.Run(ctx, "restore", "usr@latest", "--to", restored, "--format", "raw").Err()
-		}, func() error {
-			if run > 0 {
-				return nil
-			}
-			return same(ctx, b.disk(), restored)
-		}},
-		{"check", func() error { return tool.Run(ctx, "check", "--read-data").Err() }, nil},
-	}
-	for _, k := range kinds {
-		if err := errors.Join(level(filepath.Join(b.work, "fill")), warm(b.disk())); err != nil {
-			return err
-		}
-		if err := syncAll(b.work); err != nil {
-			return err
-		}
-		from := time.Now()
-		if err := k.do(); err != nil {
-			return err
-		}
-		if err := syncAll(b.work); err != nil {
-			return err
-		}
-		took := time.Since(from)
-		b.times[k.name] = append(b.times[k.name], took)
-		b.say("%s: %.1f s", k.name, took.Seconds())
-		if k.after != nil {
-			if err := k.after(); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	b.full = t
+	return t, t.Run(ctx, "backup", b.source()).Err()
 }
 
-// clean removes everything but the disk.
+// calm brings the machine into the state in which everything is measured: what
+// will be read is in the page cache, and nothing waits to be written.
+func (b *bench) calm(read ...string) error {
+	var errs []error
+	if !b.quick {
+		errs = append(errs, level(filepath.Join(b.work, "fill")))
+	}
+	for _, path := range read {
+		errs = append(errs, warm(path))
+	}
+	return errors.Join(append(errs, syncAll(b.work))...)
+}
+
+// clean removes everything but the data.
 func (b *bench) clean() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
@@ -311,11 +224,11 @@ func (b *bench) clean() error {
 	return errors.Join(errs...)
 }
 
-// three returns the least, the median and the greatest.
-func three(d []time.Duration) (lo, mid, hi time.Duration) {
-	if len(d) == 0 {
+// three returns the least, the median and the greatest; zeros for none.
+func three(v []float64) (lo, mid, hi float64) {
+	if len(v) == 0 {
 		return 0, 0, 0
 	}
-	s := slices.Sorted(slices.Values(d))
+	s := slices.Sorted(slices.Values(v))
 	return s[0], s[len(s)/2], s[len(s)-1]
 }

@@ -20,7 +20,9 @@ import (
 )
 
 // often prunes with a checkpoint after every few entries.
-func often(every uint64) PruneOptions { return PruneOptions{Watch: -1, checkpointEvery: every} }
+func often(every uint64) PruneOptions {
+	return PruneOptions{Watch: -1, checkpointEvery: every, mergeLeast: 2 + int(every%4)}
+}
 
 // alike fails unless two states are the same in everything.
 func alike(t *testing.T, what string, a, b *chain.State) {

@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
@@ -26,10 +28,17 @@ type openerCache struct {
 
 // opener reads a pack's header.
 func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) {
-	return r.openers.lru.get(ctx, name, func() (*pack.Opener, error) {
-		p, err := r.get(ctx, packName(name), 0, seal.HeaderLen)
-		if err != nil {
-			return nil, err
+	return r.openerOf(ctx, name, nil)
+}
+
+// openerOf is opener for a pack whose first bytes are there; they are read when
+// they are not.
+func (r *Repo) openerOf(ctx context.Context, name [32]byte, p []byte) (*pack.Opener, error) {
+	return r.openers.lru.get(ctx, name, func() (_ *pack.Opener, err error) {
+		if len(p) < seal.HeaderLen {
+			if p, err = r.get(ctx, packName(name), 0, seal.HeaderLen); err != nil {
+				return nil, err
+			}
 		}
 		h, master, err := r.packHeader(ctx, p)
 		if err != nil {
@@ -55,6 +64,19 @@ func (r *Repo) packHeader(ctx context.Context, p []byte) (seal.Header, *seal.Key
 // is damage.
 func (r *Repo) get(ctx context.Context, name string, off, n int64) ([]byte, error) {
 	p, err := r.store.Get(ctx, name, off, n)
+	if errors.Is(err, blob.ErrNotExist) || errors.Is(err, blob.ErrTruncated) {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return p, err
+}
+
+// fill is get into buf's memory, if that is large enough.
+func (r *Repo) fill(ctx context.Context, name string, off int64, n int, buf []byte) ([]byte, error) {
+	if n > blob.MaxSize {
+		return nil, fmt.Errorf("%w: %s: %d bytes at %d", ErrDamaged, name, n, off)
+	}
+	p := slices.Grow(buf[:0], n)[:n]
+	err := blob.Fill(ctx, r.store, name, off, p)
 	if errors.Is(err, blob.ErrNotExist) || errors.Is(err, blob.ErrTruncated) {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
@@ -160,15 +182,21 @@ func (r *Repo) open(ctx context.Context, dst []byte, at index.Place, id pack.ID,
 	if err != nil {
 		return dst, err
 	}
-	p, err := r.get(ctx, packName(at.Pack), int64(at.Offset), int64(at.Stored))
+	buf := sealedItems.Get().(*[]byte)
+	defer sealedItems.Put(buf)
+	p, err := r.fill(ctx, packName(at.Pack), int64(at.Offset), int(at.Stored), *buf)
 	if err != nil {
 		return dst, err
 	}
+	*buf = p
 	if dst, err = o.Open(dst, p, int(at.Number), id, max); err != nil {
 		return dst, fmt.Errorf("%s: %w", packName(at.Pack), err)
 	}
 	return dst, nil
 }
+
+// sealedItems are buffers for items as they are stored.
+var sealedItems = sync.Pool{New: func() any { return new([]byte) }}
 
 // openOther is open for the copy of the pack in a tier, when that in the own
 // store is damaged.
@@ -205,4 +233,15 @@ func (r *Repo) node(ctx context.Context, id tree.ID, level int) (*tree.Node, err
 		return nil, fmt.Errorf("%w: node %x is of level %d, %d wanted", ErrDamaged, id[:8], n.Level, level)
 	}
 	return n, err
+}
+
+// errNotCached says that a node is not at hand.
+var errNotCached = errors.New("not in the cache")
+
+// cachedNode gives a map node that is in the cache.
+func (r *Repo) cachedNode(_ context.Context, id tree.ID, level int) (*tree.Node, error) {
+	if n, ok := r.nodes.peek(id); ok && n.Level == level {
+		return n, nil
+	}
+	return nil, errNotCached
 }

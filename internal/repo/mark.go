@@ -635,15 +635,15 @@ func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
 	return pin.Point, nil
 }
 
-// shielded reports whether a pack belongs to a run that is under way: it has
-// announced it, and will name it in a point that is not there yet.
-func (m *marker) shielded(k *packMark) bool {
-	if k.added.Lease == "" {
+// shielded reports whether what was added so belongs to a run that is under way:
+// it has announced it, and will name it in a point that is not there yet.
+func (m *marker) shielded(a chain.Adding) bool {
+	if a.Lease == "" {
 		return false
 	}
-	_, before := m.before[k.added.Lease]
-	_, after := m.after[k.added.Lease]
-	return before || after || k.added.Lease == m.own
+	_, before := m.before[a.Lease]
+	_, after := m.after[a.Lease]
+	return before || after || a.Lease == m.own
 }
 
 // missing lists points of which chunks have no copy at all.

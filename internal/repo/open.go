@@ -27,7 +27,7 @@ import (
 const (
 	configName = "config"
 
-	chunkCacheBytes = 64 << 20
+	chunkCacheBytes = 136 << 20
 	nodeCacheCount  = 2048 // of 8 KiB
 	openerCount     = 4096 // of about 1 KiB
 )

@@ -42,6 +42,7 @@ type PruneOptions struct {
 	Report func(step string, done, total int64)
 
 	checkpointEvery uint64 // for tests; 0 is checkpointEvery
+	mergeLeast      int    // for tests; 0 is mergeLeast
 }
 
 // PruneReport is what Prune did or, in a dry run, would do. Bytes are stored bytes.
@@ -72,6 +73,8 @@ type PruneReport struct {
 	WaitsFor     []Lease  `json:"waits_for"`
 	Revoked      []string `json:"revoked"` // leases found dead
 
+	// Merged are index objects that were small, and are in few large ones now.
+	Merged int `json:"merged_indexes,omitempty"`
 	// Checkpoint is the number of the entry with the whole state, if one was
 	// written, RemovedEntries how many need not be read any more and were
 	// deleted.
@@ -234,6 +237,9 @@ func (p *pruner) prune(ctx context.Context) error {
 	if err := p.tidy(ctx); err != nil {
 		return err
 	}
+	if err := p.merge(ctx); err != nil {
+		return err
+	}
 	return p.checkpoint(ctx)
 }
 
@@ -280,6 +286,7 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 		}
 		p.waitsFor(s.Head + 1)
 	}
+	p.report.Merged = len(p.small())
 	if s.Head-s.Checkpoint >= p.every() {
 		p.report.Checkpoint = s.Head + 1
 	}
@@ -326,7 +333,7 @@ func (p *pruner) sparse() [][32]byte {
 // the order in which they were added.
 func (p *pruner) choose(want func(*packMark) bool) (packs [][32]byte) {
 	for name, k := range p.m.packs {
-		if p.m.state.Quarantine[name] == 0 && !p.m.shielded(k) && want(k) {
+		if p.m.state.Quarantine[name] == 0 && !p.m.shielded(k.added) && want(k) {
 			packs = append(packs, name)
 		}
 	}

@@ -136,7 +136,7 @@ type Repo struct {
 	index   *index.Index
 	openers openerCache
 	nodes   lru[pack.ID, *tree.Node]
-	chunks  lru[pack.ID, []byte]
+	chunks  chunkCache
 }
 
 // ID is the repository's id: 32 lower-case hex digits.

@@ -166,6 +166,11 @@ func differs(r *Repo, p *Point, content []byte) error {
 		if !bytes.Equal(got[:n], content[off:off+n]) {
 			return fmt.Errorf("%s: read [%d, +%d) differs", p.ID, off, n)
 		}
+		n = min(n, ChunkSize)
+		clear(got[:n])
+		if !d.ReadCached(got[:n], int64(off)) || !bytes.Equal(got[:n], content[off:off+n]) {
+			return fmt.Errorf("%s: cached read [%d, +%d) differs", p.ID, off, n)
+		}
 	}
 	at := int64(0)
 	for e, err := range d.Extents(ctx, 0, d.Size()) {
@@ -182,6 +187,17 @@ func differs(r *Repo, p *Point, content []byte) error {
 	}
 	if at != d.Size() {
 		return fmt.Errorf("extents end at %d of %d", at, d.Size())
+	}
+	fed := disk.NewMem(d.Size())
+	window := int64(1+rng.IntN(8)) * ChunkSize
+	if err := d.Feed(ctx, d.Extents(ctx, 0, d.Size()), window, 3, fed.WriteAt); err != nil {
+		return err
+	}
+	if err := fed.ReadAt(ctx, got, 0); err != nil {
+		return err
+	}
+	if i := firstDifference(got, content); i >= 0 {
+		return fmt.Errorf("%s: fed, byte %d (chunk %d) differs", p.ID, i, i/ChunkSize)
 	}
 	xml, err := r.ReadFile(ctx, p.Files[0])
 	if err != nil || string(xml) != "<domain>"+p.VM+"</domain>" {

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -14,12 +15,11 @@ import (
 	"holdfast/internal/repo/internal/tree"
 )
 
-// The synthetic repository: 10 VMs with 100 restore points each, of disks of
-// 32 GiB. Each point has 1 % of its disk changed, in 50 places: 10.4 million
-// chunks in 20,000 packs, 80,000 map nodes.
+// The synthetic repository: VMs with restore points, of disks of 32 GiB. Each
+// point but the first has 1 % of its disk changed, in 50 places. Of 10 VMs with
+// 100 points each there are 10.4 million chunks in 20,000 packs, and 80,000 map
+// nodes.
 const (
-	synthVMs    = 10
-	synthPoints = 100
 	synthSize   = 32 << 30
 	synthLeaves = synthSize / ChunkSize / tree.Fanout
 	synthPlaces = 50
@@ -27,13 +27,16 @@ const (
 )
 
 // TestSynthesize makes a repository for "make bench" in the directory
-// HOLDFAST_SYNTH. Index objects, maps and chain are as runs would write them.
-// Packs of chunks have their names and lengths, and nothing in them.
+// HOLDFAST_SYNTH, of HOLDFAST_SYNTH_VMS with HOLDFAST_SYNTH_POINTS each. Index
+// objects, maps and chain are as runs would write them. Packs of chunks have
+// their names and lengths, and nothing in them. Of VMs with one point the maps
+// name the first 256 chunks only, again and again.
 func TestSynthesize(t *testing.T) {
 	dir := os.Getenv("HOLDFAST_SYNTH")
 	if dir == "" {
-		t.Skip("it makes a repository of ten million chunks for \"make bench\", in HOLDFAST_SYNTH")
+		t.Skip("it makes a repository of millions of chunks for \"make bench\", in HOLDFAST_SYNTH")
 	}
+	vms, points := number(t, "HOLDFAST_SYNTH_VMS"), number(t, "HOLDFAST_SYNTH_POINTS")
 	store, err := blob.CreateDir(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -43,20 +46,36 @@ func TestSynthesize(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	s := synth{r: r, dir: dir, rng: rand.NewChaCha8([32]byte{1})}
-	var vms [synthVMs]synthVM
-	for range synthPoints {
-		for i := range vms {
-			if err := s.point(i, &vms[i]); err != nil {
+	s := synth{r: r, dir: dir, lean: points == 1, rng: rand.NewChaCha8([32]byte{1})}
+	all := make([]*synthVM, vms)
+	for n := range points {
+		for i := range all {
+			if n == 0 {
+				all[i] = new(synthVM)
+			}
+			if err := s.point(i, all[i]); err != nil {
 				t.Fatal(err)
+			}
+			if n == points-1 {
+				all[i] = nil
 			}
 		}
 	}
 	t.Logf("%d chunks, %d entries", s.chunks, r.current().Head)
 }
 
+// number is that of an environment variable.
+func number(t *testing.T, name string) int {
+	n, err := strconv.Atoi(os.Getenv(name))
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
+}
+
 type synth struct {
 	r      *Repo
+	lean   bool // all leaves of a disk are its first
 	dir    string
 	rng    *rand.ChaCha8
 	chunks int
@@ -91,6 +110,13 @@ func (s *synth) point(number int, vm *synthVM) error {
 	}
 	if vm.leaves[0] == nil {
 		for i := range vm.leaves {
+			if s.lean && i > 0 {
+				for range tree.Fanout {
+					id()
+				}
+				vm.ids[i] = vm.ids[0]
+				continue
+			}
 			vm.leaves[i] = new(tree.Node)
 			if err := change(i, 0, tree.Fanout); err != nil {
 				return err
@@ -164,4 +190,56 @@ func (s *synth) packs(run *Run, items []index.Item) error {
 		items = items[n:]
 	}
 	return nil
+}
+
+// TestFind opens the repository in HOLDFAST_FIND, with the cache in
+// HOLDFAST_FIND_CACHE, and prints for "make bench" how many microseconds it takes
+// to find a chunk that is there, and one that is not.
+func TestFind(t *testing.T) {
+	dir := os.Getenv("HOLDFAST_FIND")
+	if dir == "" {
+		t.Skip("it measures a repository for \"make bench\", in HOLDFAST_FIND")
+	}
+	store, err := blob.OpenDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := Open(ctx, store, []byte("bench"), Options{Cache: os.Getenv("HOLDFAST_FIND_CACHE")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	points, err := r.Points(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var there []pack.ID
+	for _, p := range points {
+		root, err := tree.ParseRoot(string(p.Disks[0].Root), p.Disks[0].Size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids := make([]pack.ID, min(tree.Fanout, 20000/len(points)))
+		if err := tree.Lookup(ctx, r.node, root, 0, ids); err != nil {
+			t.Fatal(err)
+		}
+		there = append(there, ids...)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	rng.Shuffle(len(there), func(i, j int) { there[i], there[j] = there[j], there[i] })
+	find := func(ids []pack.ID, want bool) float64 {
+		from := time.Now()
+		for _, id := range ids {
+			if ok, err := r.present(id); err != nil || ok != want {
+				t.Fatalf("chunk %x: %v, %v", id[:8], ok, err)
+			}
+		}
+		return time.Since(from).Seconds() * 1e6 / float64(len(ids))
+	}
+	absent := make([]pack.ID, len(there))
+	random := rand.NewChaCha8([32]byte{2})
+	for i := range absent {
+		random.Read(absent[i][:])
+	}
+	fmt.Printf("found %f absent %f\n", find(there, true), find(absent, false))
 }

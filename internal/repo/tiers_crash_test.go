@@ -28,7 +28,7 @@ func everyTierCall(t *testing.T, w *farWorld, whole []PointID, scenario func(r *
 		return o.changes.Calls()
 	}
 	n := run(w.own.Clone(), w.far.Clone(), 0, blobtest.Before)
-	for at, fault := range cuts(t, n, 7) {
+	for at, fault := range cuts(t, n, 1) {
 		own, far := w.own.Clone(), w.far.Clone()
 		run(own, far, at, fault)
 		w.proves(t, fmt.Sprintf("cut at change %d/%d", at, fault), own, far, whole)
@@ -86,6 +86,7 @@ func (w *farWorld) proves(t *testing.T, what string, own, far *blob.Mem, whole [
 }
 
 func TestTierMovePowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	whole := []PointID{w.points[0].ID, w.points[1].ID}
@@ -95,6 +96,7 @@ func TestTierMovePowerLoss(t *testing.T) {
 }
 
 func TestTierAddPowerLoss(t *testing.T) {
+	long(t)
 	w := &farWorld{own: new(blob.Mem), far: new(blob.Mem), contents: map[PointID][]byte{}}
 	w.r = create(t, w.own)
 	w.add(t, "a", random(1, 4))
@@ -107,6 +109,7 @@ func TestTierAddPowerLoss(t *testing.T) {
 
 // Prune with rewriting, after which a move brings the rest.
 func TestTierPrunePowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	whole := []PointID{w.points[0].ID, w.points[1].ID}
@@ -118,6 +121,7 @@ func TestTierPrunePowerLoss(t *testing.T) {
 }
 
 func TestTierBackPowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	everyTierCall(t, w, nil, func(r *Repo, _ blob.Store) {

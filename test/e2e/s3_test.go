@@ -3,10 +3,7 @@
 package e2e
 
 import (
-	"fmt"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -15,52 +12,22 @@ import (
 	"holdfast/test/lab"
 )
 
-// s3Server is versitygw with a bucket "vms".
-type s3Server struct {
-	w         *world
-	exe, addr string
-	root      string
-	cmd       *exec.Cmd
-}
-
-// newS3 starts a server on a port of its own, and puts the world's repository
-// on it.
-func newS3(w *world) *s3Server {
+// newS3 starts an S3 server with a bucket "vms", and puts the world's
+// repository on it.
+func newS3(w *world) *lab.S3 {
 	w.t.Helper()
-	exe := os.Getenv("HOLDFAST_VERSITYGW")
-	if exe == "" {
+	program := os.Getenv("HOLDFAST_VERSITYGW")
+	if program == "" {
 		w.t.Skip("SKIPPED: needs an S3 server, which HOLDFAST_VERSITYGW names; \"make test\" builds it and sets it")
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	w.ok(err)
-	s := &s3Server{w: w, exe: exe, addr: l.Addr().String(), root: filepath.Join(w.dir, "s3")}
-	w.ok(l.Close())
-	w.ok(os.MkdirAll(filepath.Join(s.root, "vms"), 0o755))
-	s.start()
-	w.t.Cleanup(s.stop)
-	w.t.Setenv("AWS_ACCESS_KEY_ID", "e2e")
-	w.t.Setenv("AWS_SECRET_ACCESS_KEY", "e2e-secret")
-	w.Repo = "s3://vms/one?endpoint=http://" + s.addr
+	s := &lab.S3{Program: program, Root: filepath.Join(w.dir, "s3"), Access: "e2e", Secret: "e2e-secret"}
+	w.ok(os.MkdirAll(filepath.Join(s.Root, "vms"), 0o755))
+	w.ok(s.Start(w.ctx))
+	w.t.Cleanup(s.Stop)
+	w.t.Setenv("AWS_ACCESS_KEY_ID", s.Access)
+	w.t.Setenv("AWS_SECRET_ACCESS_KEY", s.Secret)
+	w.Repo = "s3://vms/one?endpoint=http://" + s.Addr
 	return s
-}
-
-func (s *s3Server) start() {
-	s.w.t.Helper()
-	s.cmd = exec.Command(s.exe, "--port", s.addr, "--quiet", "posix", s.root)
-	s.cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID=e2e", "ROOT_SECRET_ACCESS_KEY=e2e-secret")
-	s.w.ok(s.cmd.Start())
-	s.w.ok(lab.Poll(s.w.ctx, 10*time.Second, "the S3 server listens", func() (bool, error) {
-		c, err := net.Dial("tcp", s.addr)
-		if err != nil {
-			return false, nil
-		}
-		return true, c.Close()
-	}))
-}
-
-func (s *s3Server) stop() {
-	_ = s.cmd.Process.Kill()
-	_ = s.cmd.Wait() // it was killed
 }
 
 // TestS3 runs a guest from a repository on S3 whose server hangs, and then dies
@@ -90,14 +57,14 @@ func TestS3(t *testing.T) {
 	w.ok(r.StartWriter(w.ctx, places...))
 	for what, disturb := range map[string]func(){
 		"hangs": func() {
-			w.ok(server.cmd.Process.Signal(syscall.SIGSTOP))
+			w.ok(server.Signal(syscall.SIGSTOP))
 			time.Sleep(8 * time.Second)
-			w.ok(server.cmd.Process.Signal(syscall.SIGCONT))
+			w.ok(server.Signal(syscall.SIGCONT))
 		},
 		"dies": func() {
-			server.stop()
+			server.Stop()
 			time.Sleep(8 * time.Second)
-			server.start()
+			w.ok(server.Start(w.ctx))
 		},
 	} {
 		// Reads that the guest has in no cache of its own.
@@ -128,16 +95,11 @@ func TestS3(t *testing.T) {
 	}
 	w.ok(r.Verify(w.ctx, acked, places...))
 	w.ok(r.Remove(w.ctx))
-	for _, disk := range must(filepath.Glob(filepath.Join(w.store, "*"))) {
+	disks, err := filepath.Glob(filepath.Join(w.store, "*"))
+	w.ok(err)
+	for _, disk := range disks {
 		w.ok(os.Remove(disk))
 	}
 	w.must("check", "--read-data")
 	w.empty()
-}
-
-func must[T any](v T, err error) T {
-	if err != nil {
-		panic(fmt.Sprint(err))
-	}
-	return v
 }

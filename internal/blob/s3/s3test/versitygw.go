@@ -3,17 +3,15 @@ package s3test
 import (
 	"bytes"
 	"context"
-	"errors"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
+
+	"holdfast/test/lab"
 )
 
 // Versitygw starts a real S3 server, not written here, until the test ends, with
@@ -21,54 +19,31 @@ import (
 // its program, which "make test" builds.
 func Versitygw(t testing.TB, buckets ...string) (endpoint string) {
 	t.Helper()
-	exe := os.Getenv("HOLDFAST_VERSITYGW")
-	if exe == "" {
+	program := os.Getenv("HOLDFAST_VERSITYGW")
+	if program == "" {
 		t.Skip("SKIPPED: needs an S3 server, which HOLDFAST_VERSITYGW names; \"make test\" builds it and sets it")
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
 	dir := t.TempDir()
-	root, versions := filepath.Join(dir, "root"), filepath.Join(dir, "versions")
-	if err := errors.Join(os.Mkdir(root, 0o700), os.Mkdir(versions, 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	s := &lab.S3{Program: program, Root: filepath.Join(dir, "root"), Versions: filepath.Join(dir, "versions"), Access: AccessKey, Secret: SecretKey}
+	dirs := []string{s.Root, s.Versions}
 	for _, name := range buckets {
-		if err := os.Mkdir(filepath.Join(root, name), 0o700); err != nil {
+		dirs = append(dirs, filepath.Join(s.Root, name))
+	}
+	for _, dir := range dirs {
+		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
-	var said bytes.Buffer
-	// Without --keep-alive, with which it takes the rest of a body that it has
-	// refused for the next request.
-	cmd := exec.Command(exe, "--port", addr, "--quiet", "posix", "--versioning-dir", versions, root)
-	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID="+AccessKey, "ROOT_SECRET_ACCESS_KEY="+SecretKey)
-	cmd.Stdout, cmd.Stderr = &said, &said
-	if err := cmd.Start(); err != nil {
+	if err := s.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait() // it was killed
+		s.Stop()
 		if t.Failed() {
-			t.Logf("versitygw said: %s", said.Bytes()[max(0, said.Len()-4000):])
+			t.Logf("versitygw said: %s", s.Said())
 		}
 	})
-	for range 200 {
-		c, err := net.Dial("tcp", addr)
-		if err == nil {
-			c.Close()
-			return "http://" + addr
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	t.Fatalf("versitygw does not listen; it said: %s", said.Bytes())
-	return ""
+	return "http://" + s.Addr
 }
 
 // Stranger is somebody with a writer's credentials, who does what the server
