@@ -203,7 +203,7 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 	g.SetLimit(deleting)
 	for _, d := range indexes {
 		g.Go(func() error {
-			if err := p.r.forget(ctx, indexName(d)); err != nil {
+			if err := p.r.forget(ctx, index.Name(d)); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				failed = append(failed, err)
