@@ -2,8 +2,10 @@ package repo
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -285,6 +287,42 @@ func TestRotateRoot(t *testing.T) {
 			t.Errorf("%d points, %v", len(points), err)
 		}
 		clean(t, r, true)
+	}
+}
+
+// beforeKeys does something before the key slots are listed, once.
+type beforeKeys struct {
+	*blob.Mem
+	before func()
+}
+
+func (s *beforeKeys) List(ctx context.Context, prefix string) iter.Seq2[blob.Info, error] {
+	if f := s.before; f != nil && prefix == "keys/" {
+		s.before = nil
+		f()
+	}
+	return s.Mem.List(ctx, prefix)
+}
+
+// Who finds its slot gone with somebody else's change of keys does not call the
+// passphrase wrong.
+func TestRotateOvertaken(t *testing.T) {
+	store, _, _ := keyed(t)
+	s := &beforeKeys{Mem: store}
+	r, other := mustOpen(t, s, secret), mustOpen(t, store, second)
+	s.before = func() {
+		if _, err := other.RotateRoot(ctx, [][]byte{secret}); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := r.RotateRoot(ctx, [][]byte{second}); !errors.Is(err, ErrKeys) {
+		t.Errorf("overtaken: %v", err)
+	}
+	if _, err := r.RotateRoot(ctx, [][]byte{second, third}); !errors.Is(err, ErrPassphrase) {
+		t.Errorf("a wrong one: %v", err)
+	}
+	if _, err := r.RotateRoot(ctx, [][]byte{second}); err != nil || r.Keyring().Masters != 3 {
+		t.Errorf("again: %v", err)
 	}
 }
 

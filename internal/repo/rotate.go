@@ -107,6 +107,13 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 		return RootChange{}, err
 	}
 	kept, dropped, err := r.partSlots(ctx, u, passphrases)
+	if errors.Is(err, ErrPassphrase) { // or its slot has gone with another change
+		if now, nowErr := r.changeable(ctx); nowErr != nil {
+			err = nowErr
+		} else if now.Number != u.Number {
+			err = errLostRace
+		}
+	}
 	if err != nil {
 		return RootChange{}, err
 	}
