@@ -222,14 +222,12 @@ func (x *Index) merge(a, b *segment) error {
 		return err
 	}
 	packs := make([][32]byte, 0, (len(a.packs)+len(b.packs))/32)
-	var runs []run
 	for _, s := range []*segment{a, b} {
-		runs = append(runs, run{newCursor(s), uint32(len(packs))})
 		for i := range uint32(len(s.packs) / 32) {
 			packs = append(packs, s.packName(i))
 		}
 	}
-	if err := mergeInto(w, runs); err != nil {
+	if err := mergeInto(w, newCursor(a), newCursor(b), uint32(len(a.packs)/32)); err != nil {
 		return errors.Join(err, w.abort())
 	}
 	return x.install(w, packs, slices.Concat(a.sources, b.sources), []*segment{a, b})

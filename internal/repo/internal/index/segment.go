@@ -214,6 +214,16 @@ func newSegmentWriter(dir string) (*segmentWriter, error) {
 
 func (w *segmentWriter) add(it item) {
 	w.page = it.append(w.page)
+	w.added()
+}
+
+// addBytes is add for an item as it is in a page.
+func (w *segmentWriter) addBytes(p []byte) {
+	w.page = append(w.page, p...)
+	w.added()
+}
+
+func (w *segmentWriter) added() {
 	w.items++
 	if len(w.page) == 4+itemsPerPage*itemLen {
 		w.flush()
@@ -245,15 +255,6 @@ func (w *segmentWriter) finish(packs, sources [][32]byte) (path string, err erro
 	}
 	path = filepath.Join(filepath.Dir(w.f.Name()), fmt.Sprintf("%x.segment", nameOf(sources)))
 	return path, os.Rename(w.f.Name(), path)
-}
-
-// close writes names and header; it returns the path of a file that is only
-// for this process.
-func (w *segmentWriter) close(packs, sources [][32]byte) (path string, err error) {
-	if err := w.write(packs, sources); err != nil {
-		return "", errors.Join(err, w.abort())
-	}
-	return w.f.Name(), w.f.Close()
 }
 
 // write writes what is behind and before the items.
