@@ -8,11 +8,14 @@
 package blob
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"strings"
+	"time"
 )
 
 // MaxSize bounds one object, in bytes.
@@ -68,4 +71,37 @@ func CheckName(name string) error {
 		}
 	}
 	return nil
+}
+
+// Names lists the names that start with prefix, sorted.
+func Names(ctx context.Context, s Store, prefix string) ([]string, error) {
+	var names []string
+	for i, err := range s.List(ctx, prefix) {
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, i.Name)
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// Claim creates an object for whose name others compete, and says whether it is
+// there as ours. A Put that failed may have done its work all the same, so the
+// store is asked what is there, within a minute even when ctx has ended.
+func Claim(ctx context.Context, s Store, name string, data []byte) (ours bool, err error) {
+	putErr := s.Put(ctx, name, data)
+	if putErr == nil {
+		return true, nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	there, err := s.Get(ctx, name, 0, -1)
+	switch {
+	case err == nil && bytes.Equal(there, data) && !errors.Is(putErr, ErrUnsynced):
+		return true, nil
+	case err == nil && errors.Is(putErr, ErrExist):
+		return false, nil
+	}
+	return false, putErr
 }

@@ -124,17 +124,9 @@ func (d *Dir) mkdir(dir string) error {
 }
 
 func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
-	if err := ctx.Err(); err != nil {
+	f, err := d.open(ctx, name)
+	if err != nil {
 		return nil, err
-	}
-	if err := CheckName(name); err != nil {
-		return nil, err
-	}
-	f, err := os.Open(d.path(name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("get %s: %w", name, ErrNotExist)
-	} else if err != nil {
-		return nil, fmt.Errorf("get %s: %w", name, err)
 	}
 	defer f.Close()
 	if n < 0 {
@@ -148,12 +140,51 @@ func (d *Dir) Get(ctx context.Context, name string, off, n int64) ([]byte, error
 		return nil, fmt.Errorf("get %s [%d, +%d): %w", name, off, n, ErrTruncated)
 	}
 	p := make([]byte, n)
-	if _, err := f.ReadAt(p, off); err == io.EOF {
-		return nil, fmt.Errorf("get %s [%d, +%d): %w", name, off, n, ErrTruncated)
+	if err := readFrom(f, name, off, p); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// Fill implements Filler.
+func (d *Dir) Fill(ctx context.Context, name string, off int64, p []byte) error {
+	f, err := d.open(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if off < 0 {
+		return fmt.Errorf("get %s [%d, +%d): %w", name, off, len(p), ErrTruncated)
+	}
+	return readFrom(f, name, off, p)
+}
+
+// OneHead implements OneHead.
+func (d *Dir) OneHead() {}
+
+func (d *Dir) open(ctx context.Context, name string) (*os.File, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if err := CheckName(name); err != nil {
+		return nil, err
+	}
+	f, err := os.Open(d.path(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("get %s: %w", name, ErrNotExist)
 	} else if err != nil {
 		return nil, fmt.Errorf("get %s: %w", name, err)
 	}
-	return p, nil
+	return f, nil
+}
+
+func readFrom(f *os.File, name string, off int64, p []byte) error {
+	if _, err := f.ReadAt(p, off); err == io.EOF {
+		return fmt.Errorf("get %s [%d, +%d): %w", name, off, len(p), ErrTruncated)
+	} else if err != nil {
+		return fmt.Errorf("get %s: %w", name, err)
+	}
+	return nil
 }
 
 // List fails when a directory that it has found cannot be read, be it that it is

@@ -9,7 +9,7 @@ import (
 )
 
 func (osFiles) nameless(dir string) (newFile, error) {
-	fd, err := unix.Open(dir, unix.O_WRONLY|unix.O_TMPFILE|unix.O_CLOEXEC, 0o400)
+	fd, err := unix.Open(dir, unix.O_WRONLY|unix.O_TMPFILE|unix.O_CLOEXEC, 0o600)
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.ENOENT) {
 		return nil, errNameless
 	} else if err != nil {
@@ -20,9 +20,16 @@ func (osFiles) nameless(dir string) (newFile, error) {
 
 type namelessFile struct{ f *os.File }
 
-func (n namelessFile) Write(p []byte) (int, error) { return n.f.Write(p) }
-func (n namelessFile) Sync() error                 { return n.f.Sync() }
+func (n namelessFile) Write(p []byte) (int, error) { return write(n.f, p) }
 func (n namelessFile) Close() error                { return n.f.Close() }
+
+// Sync makes the content durable, and with it that the file is read-only.
+func (n namelessFile) Sync() error {
+	if err := n.f.Chmod(0o400); err != nil {
+		return err
+	}
+	return n.f.Sync()
+}
 
 // link goes through /proc, which needs no privilege, unlike AT_EMPTY_PATH (open(2)).
 func (n namelessFile) link(path string) error {

@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"holdfast/internal/osfile"
 )
 
 // files is what a Dir changes in a filesystem. There are two: osFiles, and in
@@ -40,7 +42,7 @@ type osFiles struct{}
 
 func (osFiles) mkdir(dir string) error   { return os.Mkdir(dir, 0o700) }
 func (osFiles) remove(path string) error { return removeReadOnly(path) }
-func (osFiles) syncDir(dir string) error { return syncDir(dir) }
+func (osFiles) syncDir(dir string) error { return osfile.SyncDir(dir) }
 
 func (osFiles) named(dir string) (newFile, error) {
 	f, err := os.CreateTemp(dir, tmpPrefix+"*")
@@ -56,7 +58,7 @@ type namedFile struct {
 	closed, moved bool
 }
 
-func (n *namedFile) Write(p []byte) (int, error) { return n.f.Write(p) }
+func (n *namedFile) Write(p []byte) (int, error) { return write(n.f, p) }
 func (n *namedFile) Sync() error                 { return n.f.Sync() }
 
 // link closes the file first: a filesystem over a network may have something
@@ -92,6 +94,13 @@ func (n *namedFile) Close() (err error) {
 		_ = os.Chmod(n.path, 0o400)
 	}
 	return err
+}
+
+// write writes the whole content of a file.
+func write(f *os.File, p []byte) (int, error) {
+	w := osfile.NewWriter(f)
+	n, err := w.WriteAt(p, 0)
+	return n, errors.Join(err, w.Close())
 }
 
 // create makes path with data, durable but for its directory entry; it fails

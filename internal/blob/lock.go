@@ -35,6 +35,16 @@ func (m LockMode) String() string {
 	return "none"
 }
 
+// ParseLockMode is the mode of that name; 0 for none.
+func ParseLockMode(name string) LockMode {
+	for _, m := range []LockMode{Governance, Compliance} {
+		if m.String() == name {
+			return m
+		}
+	}
+	return 0
+}
+
 // Lock is how an object is locked. The zero value is "not at all".
 type Lock struct {
 	Until time.Time // by the store's clock

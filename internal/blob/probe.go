@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"holdfast/internal/osfile"
 )
 
 // ErrUnfit is the proof that a store does not keep what a Store promises. The
@@ -61,7 +63,7 @@ func (d *Dir) Probe(ctx context.Context) (err error) {
 	if err := d.removeProbes(dir); err != nil {
 		return fmt.Errorf("try the store: %w", err)
 	}
-	if err := syncDir(d.root); err != nil {
+	if err := osfile.SyncDir(d.root); err != nil {
 		return unsynced(err)
 	}
 	var stores [2]*Dir

@@ -214,6 +214,16 @@ func (t *Tiers) Get(ctx context.Context, name string, off, n int64) ([]byte, err
 	return p, err
 }
 
+// Fill implements Filler.
+func (t *Tiers) Fill(ctx context.Context, name string, off int64, p []byte) error {
+	if len(t.elsewhere(name)) == 0 {
+		return Fill(ctx, t.own, name, off, p)
+	}
+	q, err := t.Get(ctx, name, off, int64(len(p)))
+	copy(p, q)
+	return err
+}
+
 // GetOther reads from the other stores before the own one: for an object whose
 // own copy has turned out damaged.
 func (t *Tiers) GetOther(ctx context.Context, name string, off, n int64) ([]byte, error) {

@@ -15,5 +15,5 @@ func NewFile(f *os.File, o FileOptions) (*File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open disk file %s: %w", f.Name(), err)
 	}
-	return &File{f: f, size: size, readOnly: o.ReadOnly}, nil
+	return newFile(f, size, o.ReadOnly), nil
 }

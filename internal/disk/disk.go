@@ -50,6 +50,33 @@ type Reader interface {
 	Close() error
 }
 
+// Feeder is a Reader that reads much at once in an order of its own, as what
+// lies scattered on a spinning disk should be read.
+type Feeder interface {
+	Reader
+	// Feed reads the data of extents, and gives it to put in pieces of at most
+	// 1 MiB, from up to workers goroutines at once. The disk is cut in windows of
+	// so many bytes: no piece comes before all of the windows before its own have
+	// been read. A piece is put's until it returns. The first error ends it all;
+	// Feed returns when no call of put is under way.
+	Feed(ctx context.Context, extents Extents, window int64, workers int, put func(ctx context.Context, p []byte, off int64) error) error
+}
+
+// Cached is a Reader that keeps some of what it has read in memory. Wrappers of
+// Readers have it too, and ask what they wrap by ReadCached.
+type Cached interface {
+	// ReadCached is a ReadAt that waits for nothing but memory: it fills p with
+	// the bytes at off and says true, or says false, and p holds anything. It
+	// says false of what is in error, too.
+	ReadCached(p []byte, off int64) bool
+}
+
+// ReadCached calls r's, if it is Cached.
+func ReadCached(r Reader, p []byte, off int64) bool {
+	c, ok := r.(Cached)
+	return ok && c.ReadCached(p, off)
+}
+
 // Writer is a disk that can be written. WriteAt and ZeroAt of disjoint ranges
 // may run in parallel. p belongs to the caller again when WriteAt returns.
 type Writer interface {

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+
+	"holdfast/internal/osfile"
 )
 
 // File is a disk in a file, byte for byte (a "raw" image), or a block device.
@@ -15,13 +17,9 @@ import (
 // extents where the system tells them (Linux); elsewhere all is data.
 type File struct {
 	f        *os.File
+	w        *osfile.Writer
 	size     int64
 	readOnly bool
-
-	// writing lets one write at a time into the kernel, which takes the file's
-	// lock for each of them anyway and spins on it while others hold it: four
-	// writers spent three times the processor's time of one.
-	writing sync.Mutex
 
 	mu  sync.Mutex // guards bad
 	bad error      // the first failed Flush
@@ -56,7 +54,7 @@ func OpenFile(path string, o FileOptions) (*File, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open disk file %s: %w", path, err), f.Close())
 	}
-	return &File{f: f, size: size, readOnly: o.ReadOnly}, nil
+	return newFile(f, size, o.ReadOnly), nil
 }
 
 // CreateFile makes a new file of size bytes that read as zeros and occupy no
@@ -76,18 +74,22 @@ func CreateFile(path string, size int64) (*File, error) {
 		err = f.Sync()
 	}
 	if err == nil {
-		err = SyncDir(filepath.Dir(path))
+		err = osfile.SyncDir(filepath.Dir(path))
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("create disk file %s: %w", path, err), f.Close(), os.Remove(path))
 	}
-	return &File{f: f, size: size}, nil
+	return newFile(f, size, false), nil
+}
+
+func newFile(f *os.File, size int64, readOnly bool) *File {
+	return &File{f: f, w: osfile.NewWriter(f), size: size, readOnly: readOnly}
 }
 
 func (d *File) Size() int64 { return d.size }
 
 // Close does not flush.
-func (d *File) Close() error { return d.f.Close() }
+func (d *File) Close() error { return errors.Join(d.w.Close(), d.f.Close()) }
 
 func (d *File) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := checkIO(ctx, d.size, off, int64(len(p))); err != nil {
@@ -106,9 +108,7 @@ func (d *File) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if err := d.checkWrite(ctx, off, int64(len(p))); err != nil {
 		return err
 	}
-	d.writing.Lock()
-	defer d.writing.Unlock()
-	_, err := d.f.WriteAt(p, off) // the error names operation and path
+	_, err := d.w.WriteAt(p, off) // the error names operation and path
 	return err
 }
 
@@ -128,7 +128,7 @@ func (d *File) ZeroAt(ctx context.Context, off, n int64) error {
 			return err
 		}
 		p := zeros[:min(n, int64(len(zeros)))]
-		if _, err := d.f.WriteAt(p, off); err != nil {
+		if _, err := d.w.WriteAt(p, off); err != nil {
 			return err
 		}
 		off, n = off+int64(len(p)), n-int64(len(p))

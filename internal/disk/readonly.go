@@ -14,6 +14,8 @@ func (d readOnly) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return d.r.ReadAt(ctx, p, off)
 }
 
+func (d readOnly) ReadCached(p []byte, off int64) bool { return ReadCached(d.r, p, off) }
+
 func (d readOnly) Extents(ctx context.Context, off, n int64) Extents {
 	return d.r.Extents(ctx, off, n)
 }

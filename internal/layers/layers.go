@@ -7,6 +7,7 @@
 //	2  repo  publish  state                            │  hypervisor/{libvirt,hyperv,vsphere,folder}
 //	1  mover  overlay  hypervisor  retention           │  nbd  nfs  iscsi  image/*  blob/s3
 //	0  disk  blob                                      │
+//	   osfile
 //
 // Imports run downward, from a level to lower ones. The left side, the core,
 // never imports the right, where the vendors and protocols are: it gets

@@ -32,6 +32,8 @@ type room struct {
 // stands for all below it, which form a unit with it and may import one
 // another.
 var table = map[string]room{
+	"internal/osfile": {-1, core},
+
 	"internal/disk": {0, core},
 	"internal/blob": {0, core},
 

@@ -6,6 +6,8 @@
 // that order; each reads its block, finds the zeros in it, and writes the rest.
 // So reads and writes of different blocks run side by side, what is in memory
 // is at most a block per worker, and a writer sees the disk nearly in order.
+// A source that is a disk.Feeder brings the blocks itself, in the order in which
+// it reads them best, as far as Options.Window lets it.
 //
 // The first error stops everything. Copy returns when all its workers have.
 // It never flushes: the caller knows when.
@@ -49,6 +51,10 @@ type Options struct {
 	// cores, at least 4 and at most 16: waiting for a disk or a network then
 	// does not idle a core.
 	Workers int
+	// Window is how far from their order blocks may come, in bytes, for a
+	// source that reads faster then (disk.Feeder); Align must be one that it
+	// takes. 0 means not at all.
+	Window int64
 	// Zeros says what becomes of ranges that are zero in the source.
 	Zeros Zeros
 	// Rate bounds the bytes read from the source per second. 0 means no bound.
@@ -87,7 +93,12 @@ func Copy(ctx context.Context, dst disk.Writer, src disk.Reader, extents disk.Ex
 	if err != nil {
 		return Counts{}, err
 	}
-	err = c.run(ctx, disk.Align(extents, c.o.Align, src.Size()))
+	extents = disk.Align(extents, c.o.Align, src.Size())
+	if f, ok := src.(disk.Feeder); ok && o.Window > 0 {
+		err = c.feed(ctx, f, extents)
+	} else {
+		err = c.run(ctx, extents)
+	}
 	return Counts{
 		Read: c.read.Load(), Written: c.written.Load(), Zeroed: c.zeroed.Load(), Skipped: c.skipped.Load(),
 	}, err
@@ -120,6 +131,32 @@ func newCopier(dst disk.Writer, src disk.Reader, o Options) (*copier, error) {
 		return nil, fmt.Errorf("%w: %d and %d", ErrAlign, o.Block, o.Align)
 	}
 	return c, nil
+}
+
+// feed lets the source bring the blocks.
+func (c *copier) feed(ctx context.Context, src disk.Feeder, extents disk.Extents) error {
+	data := func(yield func(disk.Extent, error) bool) {
+		for e, err := range extents {
+			for err == nil && e.Zero && e.Len > 0 {
+				n := min(e.Len, c.zeroStep())
+				err = c.zero(ctx, e.Off, n)
+				e.Off, e.Len = e.Off+n, e.Len-n
+			}
+			if (err != nil || e.Len > 0) && !yield(e, err) {
+				return
+			}
+		}
+	}
+	err := src.Feed(ctx, data, c.o.Window, c.o.Workers, func(ctx context.Context, p []byte, off int64) error {
+		if err := c.limit.wait(ctx, int64(len(p))); err != nil {
+			return err
+		}
+		return c.put(ctx, p, off)
+	})
+	if err != nil {
+		return fmt.Errorf("copy: %w", err)
+	}
+	return nil
 }
 
 func (c *copier) run(ctx context.Context, extents disk.Extents) error {
@@ -164,7 +201,7 @@ func (c *copier) walk(ctx context.Context, extents disk.Extents, blocks chan<- d
 		for e.Len > 0 {
 			step := c.o.Block
 			if e.Zero {
-				step = max(zeroStep-zeroStep%c.o.Align, c.o.Align)
+				step = c.zeroStep()
 			}
 			// Blocks end on multiples of their length, wherever they begin.
 			b := disk.Extent{Off: e.Off, Len: min(e.Len, step-e.Off%step), Zero: e.Zero}
@@ -188,6 +225,12 @@ func (c *copier) block(ctx context.Context, p []byte, off int64) error {
 	if err := c.src.ReadAt(ctx, p, off); err != nil {
 		return fmt.Errorf("copy: read %d bytes at %d: %w", n, off, err)
 	}
+	return c.put(ctx, p, off)
+}
+
+// put takes a block that was read to where it belongs.
+func (c *copier) put(ctx context.Context, p []byte, off int64) error {
+	n := int64(len(p))
 	c.read.Add(n)
 	for len(p) > 0 {
 		run, zero := c.sameKind(p, off)
@@ -220,6 +263,9 @@ func (c *copier) sameKind(p []byte, off int64) (run int64, zero bool) {
 	}
 	return run, zero
 }
+
+// zeroStep is how much is zeroed at once.
+func (c *copier) zeroStep() int64 { return max(zeroStep-zeroStep%c.o.Align, c.o.Align) }
 
 func (c *copier) zero(ctx context.Context, off, n int64) error {
 	if c.o.Zeros == SkipZeros {

@@ -3,10 +3,13 @@ package mover_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/disk"
 	"holdfast/internal/disk/disktest"
@@ -75,9 +78,37 @@ func image(t *testing.T, size int64) (*disk.Mem, []byte) {
 	return m, want
 }
 
+// backwards is a disk.Feeder that begins at the end.
+type backwards struct{ *disk.Mem }
+
+func (d backwards) Feed(ctx context.Context, extents disk.Extents, window int64, workers int, put func(context.Context, []byte, int64) error) error {
+	all, err := disk.Collect(extents)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(workers)
+	for _, e := range slices.Backward(all) {
+		for e.Len > 0 {
+			n := (e.Len-1)%(64<<10) + 1
+			e.Len -= n
+			off := e.End()
+			g.Go(func() error {
+				p := make([]byte, n)
+				if err := d.ReadAt(ctx, p, off); err != nil {
+					return err
+				}
+				return put(ctx, p, off)
+			})
+		}
+	}
+	return g.Wait()
+}
+
 func TestCopy(t *testing.T) {
 	const size = 9<<20 + 12345
-	src, want := image(t, size)
+	mem, want := image(t, size)
+	src := backwards{mem}
 	for _, o := range []mover.Options{
 		{},
 		{Zeros: mover.WriteZeros},
@@ -85,6 +116,8 @@ func TestCopy(t *testing.T) {
 		{Align: 256 << 10, Zeros: mover.WriteZeros},
 		{Align: 4096, Block: 64 << 10, Workers: 1},
 		{Align: 2 << 20, Workers: 3},
+		{Align: 64 << 10, Window: 1 << 20},
+		{Align: 64 << 10, Window: 1 << 20, Workers: 1, Zeros: mover.WriteZeros},
 	} {
 		dst := disk.NewMem(size)
 		w := &strict{t: t, inner: dst, align: max(o.Align, 1), spans: map[int64]int64{}}

@@ -11,12 +11,11 @@ import (
 )
 
 // handle carries out one request that check has passed, and answers it. b is
-// the payload of a write.
+// the payload of a write, or, if not nil, the room for a short read.
 func (c *conn) handle(r request, b *buffer) {
-	defer c.wg.Done()
 	switch r.cmd {
 	case cmdRead:
-		c.read(r)
+		c.read(r, b)
 		return
 	case cmdBlockStatus:
 		c.status(r)
@@ -97,23 +96,48 @@ func (c *conn) cache(off, n int64) error {
 	return nil
 }
 
-// read answers NBD_CMD_READ.
-func (c *conn) read(r request) {
+// read answers NBD_CMD_READ, in b if there is one.
+func (c *conn) read(r request, b *buffer) {
 	if r.n > wholeRead && c.structured && r.flags&cmdFlagDF == 0 {
 		c.readExtents(r)
 		return
 	}
 	n := int(r.n)
-	b, err := c.take(n)
-	if err != nil {
-		c.done(r, err, c.s.bufs.get(0))
-		return
+	if b == nil {
+		var err error
+		if b, err = c.take(n); err != nil {
+			c.done(r, err, c.s.bufs.get(0))
+			return
+		}
 	}
-	p := b.payload(n)
-	if err := c.exp.dev.ReadAt(c.ctx, p, int64(r.off)); err != nil {
+	if err := c.exp.dev.ReadAt(c.ctx, b.payload(n), int64(r.off)); err != nil {
 		c.done(r, err, b)
 		return
 	}
+	c.putRead(r, b)
+	c.out.send(b)
+}
+
+// readCached answers a short read that needs no waiting. It is done where
+// requests are read, since to hand it over takes longer than the read. When it
+// says no, b, if there is one, is for handle.
+func (c *conn) readCached(r request) (b *buffer, ok bool) {
+	d, is := c.exp.dev.(disk.Cached)
+	if !is || r.cmd != cmdRead || r.n == 0 || r.n > wholeRead {
+		return nil, false
+	}
+	if b = c.tryTake(int(r.n)); b == nil || !d.ReadCached(b.payload(int(r.n)), int64(r.off)) {
+		return b, false
+	}
+	c.putRead(r, b)
+	c.out.add(b)
+	return nil, true
+}
+
+// putRead makes of b, whose payload was read, the reply to r.
+func (c *conn) putRead(r request, b *buffer) {
+	n := int(r.n)
+	p := b.payload(n)
 	c.s.stats.readBytes.Add(int64(n))
 	switch {
 	case !c.structured:
@@ -126,7 +150,6 @@ func (c *conn) read(r request) {
 		putData(b, r.cookie, r.off, n, replyFlagDone)
 	}
 	b.slot = c.slots
-	c.out.send(b)
 }
 
 // readExtents answers a long read in chunks, holes without reading them.

@@ -29,9 +29,21 @@ type outbox struct {
 // send takes b. It may return before b is sent. After an error it gives b
 // back unsent.
 func (o *outbox) send(b *buffer) {
+	o.add(b)
+	o.flush()
+}
+
+// add takes b, to be sent with the next send or flush, or before.
+func (o *outbox) add(b *buffer) {
+	o.mu.Lock()
+	o.queue = append(o.queue, b)
+	o.mu.Unlock()
+}
+
+// flush sends what was added, unless somebody is at it.
+func (o *outbox) flush() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.queue = append(o.queue, b)
 	if o.busy {
 		return
 	}

@@ -59,7 +59,8 @@ type conn struct {
 	budget   *semaphore.Weighted // bytes of payload held
 	slots    chan struct{}       // full when as many requests are under way as may be
 	refusals chan struct{}       // likewise of requests that come too late
-	wg       sync.WaitGroup      // requests under way
+	work     chan job            // to workers that wait for more
+	wg       sync.WaitGroup      // workers
 	stopped  atomic.Bool         // the server is to end
 	quiet    chan struct{}       // closed when it has nothing more to do here
 	ended    atomic.Bool         // no further request will be read
@@ -84,6 +85,7 @@ func (c *conn) transmit() error {
 	_, local := c.nc.(*net.UnixConn)
 	c.out = outbox{nc: c.nc, vec: tcp || local, stall: c.s.o.StallTimeout, sent: c.sent, fail: c.abort}
 	c.quiet = make(chan struct{})
+	c.work = make(chan job)
 	over := make(chan struct{})
 	var watch sync.WaitGroup
 	watch.Go(func() {
@@ -95,6 +97,7 @@ func (c *conn) transmit() error {
 	})
 	err := c.readRequests()
 	c.ended.Store(true)
+	close(c.work)
 	c.wg.Wait()
 	close(over)
 	watch.Wait()
@@ -150,7 +153,11 @@ func (c *conn) readDeadline(d time.Duration) error {
 // readRequests reads requests and starts their handling. The error is nil or
 // io.EOF when the connection ends in good order.
 func (c *conn) readRequests() error {
+	defer c.out.flush()
 	for {
+		if c.br.Buffered() < requestLen {
+			c.out.flush()
+		}
 		if c.s.o.IdleTimeout > 0 {
 			if err := c.readDeadline(c.s.o.IdleTimeout); err != nil {
 				return err
@@ -185,8 +192,33 @@ func (c *conn) readRequests() error {
 			c.refuse(r, e, c.s.bufs.get(0), slot)
 			continue
 		}
-		c.wg.Add(1)
-		go c.handle(r, b)
+		if b == nil {
+			var ok bool
+			if b, ok = c.readCached(r); ok {
+				continue
+			}
+		}
+		c.hand(job{r, b})
+	}
+}
+
+// job is a request for handle.
+type job struct {
+	r request
+	b *buffer
+}
+
+// hand gives a request to a worker: to one that waits for more, whose stack has
+// grown to what is needed, or to a new one.
+func (c *conn) hand(j job) {
+	select {
+	case c.work <- j:
+	default:
+		c.wg.Go(func() {
+			for ok := true; ok; j, ok = <-c.work {
+				c.handle(j.r, j.b)
+			}
+		})
 	}
 }
 
@@ -216,6 +248,7 @@ func (c *conn) takeSlot() chan struct{} {
 			return c.slots
 		default:
 		}
+		c.out.flush()
 		select {
 		case c.slots <- struct{}{}:
 			return c.slots
@@ -281,6 +314,7 @@ func (c *conn) readPayload(r request, wanted bool) (*buffer, error) {
 		return nil, fmt.Errorf("%w: write of %d bytes", ErrProtocol, n)
 	}
 	var b *buffer
+	c.out.flush()
 	if wanted {
 		var err error
 		if b, err = c.take(n); err != nil {
@@ -321,6 +355,20 @@ func (c *conn) take(n int) (*buffer, error) {
 		}
 	}
 	return c.s.bufs.get(n), nil
+}
+
+// tryTake is take where that needs no waiting, else nil.
+func (c *conn) tryTake(n int) *buffer {
+	if cost := classCost(classFor(n)); cost > 0 {
+		if !c.budget.TryAcquire(cost) {
+			return nil
+		}
+		if !c.s.budget.TryAcquire(cost) {
+			c.budget.Release(cost)
+			return nil
+		}
+	}
+	return c.s.bufs.get(n)
 }
 
 func (c *conn) giveBack(b *buffer) {

@@ -154,7 +154,11 @@ func (o output) write(ctx context.Context, d disk.Reader, sector int64, path str
 		return 0, err
 	}
 	// The repository's chunks are read whole.
-	c, err := mover.Copy(ctx, w, d, d.Extents(ctx, 0, d.Size()), mover.Options{Align: max(align, repo.ChunkSize), Meter: m})
+	move := mover.Options{Align: max(align, repo.ChunkSize), Meter: m}
+	if move.Align == repo.ChunkSize {
+		move.Window = repo.ReadWindow
+	}
+	c, err := mover.Copy(ctx, w, d, d.Extents(ctx, 0, d.Size()), move)
 	if err == nil {
 		err = w.Flush(ctx)
 	}

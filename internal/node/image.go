@@ -17,6 +17,7 @@ import (
 	"holdfast/internal/image/qcow2"
 	"holdfast/internal/image/vhdx"
 	"holdfast/internal/mover"
+	"holdfast/internal/osfile"
 )
 
 // ImageRequest names an image file.
@@ -341,7 +342,7 @@ func (n *Node) ImageConvert(ctx context.Context, q ImageRequest, to, format stri
 	if err := src.unchanged(); err != nil {
 		return Restored{}, err
 	}
-	return r, disk.SyncDir(x.dir)
+	return r, osfile.SyncDir(x.dir)
 }
 
 // noteSectors says when a format loses what the guest has to know of its disk.

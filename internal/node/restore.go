@@ -14,6 +14,7 @@ import (
 	"holdfast/internal/hypervisor/folder"
 	"holdfast/internal/image"
 	"holdfast/internal/mover"
+	"holdfast/internal/osfile"
 	"holdfast/internal/repo"
 )
 
@@ -76,7 +77,7 @@ func (n *Node) RestoreFiles(ctx context.Context, p repo.Point, q FilesRequest) (
 			return nil, err
 		}
 	}
-	return x.done, disk.SyncDir(x.dir)
+	return x.done, osfile.SyncDir(x.dir)
 }
 
 // chooseDisks picks one disk of a point, or all of them.
@@ -241,7 +242,7 @@ func (x *restore) makeDir() error {
 		return fmt.Errorf("restore: %w", err)
 	}
 	for _, dir := range x.newDirs {
-		if err := disk.SyncDir(filepath.Dir(dir)); err != nil {
+		if err := osfile.SyncDir(filepath.Dir(dir)); err != nil {
 			return err
 		}
 	}
@@ -359,7 +360,7 @@ func (n *Node) fill(ctx context.Context, out disk.Writer, d repo.Disk, name stri
 	m.AddTotal(total)
 	end := n.o.Report.task(name, m)
 	defer end()
-	c, err := mover.Copy(ctx, out, src, extents(), mover.Options{Align: repo.ChunkSize, Meter: m})
+	c, err := mover.Copy(ctx, out, src, extents(), mover.Options{Align: repo.ChunkSize, Window: repo.ReadWindow, Meter: m})
 	if err != nil {
 		return c.Written, err
 	}

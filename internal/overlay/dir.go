@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 
 	"holdfast/internal/disk"
+	"holdfast/internal/osfile"
 )
 
 // dir is what an overlay needs of its directory. There are two: osDir, and in
@@ -59,7 +60,7 @@ func (d osDir) create(name string) (file, error) {
 
 func (d osDir) rename(from, to string) error { return os.Rename(d.path(from), d.path(to)) }
 func (d osDir) remove(name string) error     { return os.Remove(d.path(name)) }
-func (d osDir) sync() error                  { return disk.SyncDir(string(d)) }
+func (d osDir) sync() error                  { return osfile.SyncDir(string(d)) }
 
 type osFile struct{ f *os.File }
 

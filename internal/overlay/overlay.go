@@ -60,6 +60,7 @@ import (
 	"sync/atomic"
 
 	"holdfast/internal/disk"
+	"holdfast/internal/osfile"
 )
 
 var (
@@ -115,7 +116,7 @@ func Create(path string, id Identity, size int64) error {
 	if err != nil {
 		return fmt.Errorf("create overlay in %s: %w", path, err)
 	}
-	err = errors.Join(create(osDir(path), bootID(), id, size), disk.SyncDir(filepath.Dir(path)), lock.Close())
+	err = errors.Join(create(osDir(path), bootID(), id, size), osfile.SyncDir(filepath.Dir(path)), lock.Close())
 	if err != nil {
 		return fmt.Errorf("create overlay in %s: %w", path, err)
 	}
@@ -305,6 +306,26 @@ func (o *Overlay) ReadAt(ctx context.Context, p []byte, off int64) error {
 		}
 	}
 	return nil
+}
+
+// ReadCached knows the zeros of the overlay, and asks the base where the overlay
+// holds nothing. It does not look at the overlay's own data.
+func (o *Overlay) ReadCached(p []byte, off int64) bool {
+	if disk.CheckRange(o.size, off, int64(len(p))) != nil {
+		return false
+	}
+	o.mu.RLock()
+	segs := o.m.segments(nil, off, off+int64(len(p)), all, len(p)/blockSize+2)
+	o.mu.RUnlock()
+	for _, s := range segs {
+		switch q := p[s.off-off : s.end-off]; {
+		case s.state == zero:
+			clear(q)
+		case s.state == data || !disk.ReadCached(o.base, q, s.off):
+			return false
+		}
+	}
+	return true
 }
 
 // Flush makes all writes that returned before it was called survive a loss of

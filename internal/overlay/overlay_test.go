@@ -100,7 +100,7 @@ func contentOf(t testing.TB, r disk.Reader) []byte {
 func TestConformance(t *testing.T) {
 	for _, size := range []int64{1<<20 + 777, 512 << 10, 300<<10 + 4096} {
 		disktest.Device(t, func(t *testing.T) disk.Device {
-			o, _ := newOverlay(t, baseDisk(t, size))
+			o, _ := newOverlay(t, disktest.HalfCached(baseDisk(t, size)))
 			return o
 		})
 	}

@@ -31,15 +31,19 @@ func (p *patient) Size() int64  { return p.inner.Size() }
 func (p *patient) Close() error { return p.inner.Close() }
 
 func (p *patient) ReadAt(ctx context.Context, b []byte, off int64) error {
-	return p.persist(ctx, fmt.Sprintf("read %d bytes at %d", len(b), off), func() error { return p.inner.ReadAt(ctx, b, off) })
+	what := func() string { return fmt.Sprintf("read %d bytes at %d", len(b), off) }
+	return p.persist(ctx, what, func() error { return p.inner.ReadAt(ctx, b, off) })
 }
+
+func (p *patient) ReadCached(b []byte, off int64) bool { return disk.ReadCached(p.inner, b, off) }
 
 // Extents goes on where it was after an error.
 func (p *patient) Extents(ctx context.Context, off, n int64) disk.Extents {
 	return func(yield func(disk.Extent, error) bool) {
 		end := off + n
 		stopped := false
-		err := p.persist(ctx, fmt.Sprintf("list extents at %d", off), func() error {
+		what := func() string { return fmt.Sprintf("list extents at %d", off) }
+		err := p.persist(ctx, what, func() error {
 			for e, err := range p.inner.Extents(ctx, off, end-off) {
 				if err != nil {
 					return err
@@ -59,12 +63,12 @@ func (p *patient) Extents(ctx context.Context, off, n int64) disk.Extents {
 }
 
 // persist calls f until it succeeds.
-func (p *patient) persist(ctx context.Context, what string, f func() error) error {
+func (p *patient) persist(ctx context.Context, doing func() string, f func() error) error {
 	err := f()
 	if err == nil || p.hopeless(ctx, err) {
 		return err
 	}
-	begun := time.Now()
+	begun, what := time.Now(), doing()
 	if p.waiting.Add(1) == 1 {
 		p.tell(fmt.Errorf("%s: the repository does not answer, trying again: %w", what, err))
 	}

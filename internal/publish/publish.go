@@ -334,6 +334,14 @@ func (h *handle) ReadAt(ctx context.Context, b []byte, off int64) error {
 	return err
 }
 
+func (h *handle) ReadCached(b []byte, off int64) bool {
+	ok := disk.ReadCached(h.d, b, off)
+	if ok {
+		h.p.noteRead()
+	}
+	return ok
+}
+
 func (h *handle) Extents(ctx context.Context, off, n int64) disk.Extents {
 	return h.d.Extents(ctx, off, n)
 }

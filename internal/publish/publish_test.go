@@ -419,7 +419,7 @@ func TestURI(t *testing.T) {
 func TestConformance(t *testing.T) {
 	disktest.Device(t, func(t *testing.T) disk.Device {
 		p := &publication{disks: map[string]disk.Device{}}
-		dev, err := openOverlay(filepath.Join(t.TempDir(), "o"), "id", &patient{inner: disk.NewMem(size), limit: Patience})
+		dev, err := openOverlay(filepath.Join(t.TempDir(), "o"), "id", &patient{inner: disktest.HalfCached(disk.NewMem(size)), limit: Patience})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -74,10 +74,10 @@ func TestLostWithItsIndex(t *testing.T) {
 	create(t, store)
 	r := reopen(t, store)
 	p, q := mustSave(t, r, "a", first), mustSave(t, r, "b", second)
-	before, _ := listNames(ctx, store, "packs/")
+	before, _ := blob.Names(ctx, store, "packs/")
 	third := random(3, 10)
 	victim := mustSave(t, r, "c", third)
-	after, _ := listNames(ctx, store, "packs/")
+	after, _ := blob.Names(ctx, store, "packs/")
 	running, err := r.Begin(ctx, RandomID())
 	if err != nil {
 		t.Fatal(err)
@@ -91,7 +91,7 @@ func TestLostWithItsIndex(t *testing.T) {
 			store.Delete(ctx, name)
 		}
 	}
-	names, _ := listNames(ctx, store, "index/")
+	names, _ := blob.Names(ctx, store, "index/")
 	for _, name := range names {
 		store.Damage(name, func(p []byte) []byte { return p[:len(p)/2] })
 	}

@@ -11,6 +11,7 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/disk"
 	"holdfast/internal/mover"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -141,8 +142,8 @@ func BenchmarkOpenFar(b *testing.B) {
 	defer r.Close()
 	entries := func(n int) {
 		for range n {
-			e := entrySealed{Point: &Point{ID: PointID(RandomID()), VM: "vm"}}
-			if err := r.append(ctx, kindCommit, entryClear{Lease: RandomID()}, e, func(*state) error { return nil }); err != nil {
+			e := chain.Sealed{Point: &Point{ID: PointID(RandomID()), VM: "vm"}}
+			if err := r.append(ctx, chain.Commit, chain.Clear{Lease: RandomID()}, e, func(*chain.State) error { return nil }); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -90,7 +91,7 @@ func TestObjectRot(t *testing.T) {
 				s.Damage(name, change)
 			} else if strings.HasPrefix(name, "pins/") || strings.HasPrefix(name, "leases/") || name == w.slot || name == w.oldRing {
 				continue // that is how they end
-			} else if name == entryName(w.head) {
+			} else if name == chain.Name(w.head) {
 				continue // a store that was rolled back: who has seen the entry knows (TestChain)
 			} else if err := s.Delete(ctx, name); err != nil {
 				t.Fatal(err)
@@ -141,7 +142,7 @@ func newRotten(t *testing.T, rng *rand.Rand) *rotten {
 			}
 		}
 	}
-	w.head = r.current().head
+	w.head = r.current().Head
 	if err := r.Pin(ctx, "ab", w.points[0].ID); err != nil {
 		t.Fatal(err)
 	}
@@ -150,12 +151,12 @@ func newRotten(t *testing.T, rng *rand.Rand) *rotten {
 		t.Fatal(err)
 	}
 	run.fail(errClosed)
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	err = putSealed(ctx, w.store, run.beatName(1), seal.NewHeader(seal.Beat, 0, number, r.id), map[string]int{"beat": 1}, []byte("{}"), master, "lease")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if w.names, err = listNames(ctx, w.store, ""); err != nil || len(w.names) < 14 {
+	if w.names, err = blob.Names(ctx, w.store, ""); err != nil || len(w.names) < 14 {
 		t.Fatalf("%v, %v", w.names, err)
 	}
 	return w
@@ -279,7 +280,7 @@ func (b *bitRot) chain(was []byte) {
 	report := b.check(r)
 	there, err := r.Points(ctx)
 	want := len(b.points) - 1
-	if b.name == entryName(2) {
+	if b.name == chain.Name(2) {
 		want++ // it tells of keys
 	}
 	if err != nil || len(report.Problems) == 0 || len(there) != want {

@@ -12,6 +12,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/seal"
 )
 
 // LockReport is what a check found of locks.
@@ -26,13 +28,13 @@ type LockReport struct {
 // problem where the store had told that it was locked, or cannot lock.
 func (c *checker) locks(ctx context.Context) error {
 	s := c.r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return nil
 	}
-	c.report.Locks = &LockReport{Immutability: s.locks.Immutability}
-	err := TryLocks(ctx, c.r.store, s.locks.Mode)
+	c.report.Locks = &LockReport{Immutability: s.Locks.Immutability}
+	err := TryLocks(ctx, c.r.store, s.Locks.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
-		c.problem(noLocks(s, err))
+		c.problem(noLocks(s.Locks.Immutability, err))
 		return nil
 	} else if ctx.Err() != nil {
 		return err
@@ -43,7 +45,7 @@ func (c *checker) locks(ctx context.Context) error {
 	now := c.r.now()
 	must, err := c.r.needsOf(ctx, s, func(p *Point) time.Time {
 		t := promised(s, p, now)
-		if mark := s.keep[p.ID]; mark != Forever {
+		if mark := s.Keep[p.ID]; mark != Forever {
 			t = later(t, keptUntil(s, p.ID, now))
 		}
 		return t
@@ -64,7 +66,7 @@ func (c *checker) locks(ctx context.Context) error {
 	g.SetLimit(locking)
 	for name, until := range want {
 		g.Go(func() error {
-			was, now, err := c.lockAgain(gctx, locker, name, blob.Lock{Until: until, Mode: lockMode(s.locks.Mode)})
+			was, now, err := c.lockAgain(gctx, locker, name, blob.Lock{Until: until, Mode: blob.ParseLockMode(s.Locks.Mode)})
 			if errors.Is(err, blob.ErrNotExist) {
 				return nil // that it is missing is told elsewhere
 			}
@@ -79,7 +81,7 @@ func (c *checker) locks(ctx context.Context) error {
 				return gctx.Err()
 			case err != nil:
 				c.problem(Problem{Object: name, What: fmt.Sprintf("cannot be locked: %v", err)})
-			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: lockMode(s.locks.Mode)}) && s.wasLocked(name) && !c.undeleted(name):
+			case !must[name].IsZero() && !was.Holds(blob.Lock{Until: must[name], Mode: blob.ParseLockMode(s.Locks.Mode)}) && wasLocked(s, name) && !c.undeleted(name):
 				c.problem(Problem{Object: name, What: fmt.Sprintf("it was %s, should be until %s; it is locked now", lockText(was), must[name].UTC().Format(time.DateOnly))})
 			}
 			return nil
@@ -92,8 +94,8 @@ func (c *checker) undeleted(name string) bool {
 	return slices.ContainsFunc(c.o.Undeleted, func(u Undeleted) bool { return u.Object == name })
 }
 
-func noLocks(s *state, err error) Problem {
-	return Problem{Object: "locks", What: fmt.Sprintf("the rule is that restore points are immutable for %d days, and the store does not keep that: %v", s.locks.Days, err)}
+func noLocks(rule Immutability, err error) Problem {
+	return Problem{Object: "locks", What: fmt.Sprintf("the rule is that restore points are immutable for %d days, and the store does not keep that: %v", rule.Days, err)}
 }
 
 func lockText(l blob.Lock) string {
@@ -122,15 +124,14 @@ func (c *checker) lockAgain(ctx context.Context, locker blob.Locker, name string
 // wasLocked reports whether an object was there, and locked, when the newest
 // point was committed. That point's own entry may not be: its writer may have
 // died. Keys may have been made since.
-func (s *state) wasLocked(name string) bool {
+func wasLocked(s *chain.State, name string) bool {
 	switch dir, rest, _ := strings.Cut(name, "/"); dir {
 	case "chain":
-		var n uint64
-		_, err := fmt.Sscanf(rest, "%d", &n)
-		return err == nil && n >= s.older && n < s.locks.Commit
+		n, ok := chain.Number(name)
+		return ok && n >= s.Older && n < s.Locks.Commit
 	case "index":
-		d, err := parseDigest(rest)
-		return err == nil && s.added[d].entry <= s.locks.Commit
+		d, err := seal.ParseDigest(rest)
+		return err == nil && s.Added[d].Entry <= s.Locks.Commit
 	case "keys", "keyring":
 		return false
 	}
@@ -143,11 +144,10 @@ func (k *keyless) locks(ctx context.Context) error {
 	if k.rule.Days == 0 {
 		return nil
 	}
-	k.report.Locks = &LockReport{Immutability: k.rule.Immutability}
+	k.report.Locks = &LockReport{Immutability: k.rule}
 	err := TryLocks(ctx, k.store, k.rule.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
-		s := &state{locks: k.rule}
-		k.report.Problems = append(k.report.Problems, noLocks(s, err))
+		k.report.Problems = append(k.report.Problems, noLocks(k.rule, err))
 		return nil
 	}
 	return err

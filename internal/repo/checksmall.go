@@ -13,14 +13,13 @@ import (
 // small reads leases, beats and pins. No data is lost with one of them, but
 // prune waits for a lease that it cannot read, and refuses for a pin.
 func (c *checker) small(ctx context.Context) error {
-	names, err := listNames(ctx, c.r.store, "leases/")
-	pins, pinsErr := listNames(ctx, c.r.store, "pins/")
+	names, err := blob.Names(ctx, c.r.store, "leases/")
+	pins, pinsErr := blob.Names(ctx, c.r.store, "pins/")
 	if err = errors.Join(err, pinsErr); err != nil {
 		return err
 	}
 	for _, name := range append(names, pins...) {
-		_, rest, _ := strings.Cut(name, "/")
-		session, _, beat := strings.Cut(rest, ".")
+		session, _, beat := splitName(name)
 		var what string
 		switch {
 		case strings.HasPrefix(name, "pins/"):
@@ -55,6 +54,41 @@ func (r *Repo) readBeat(ctx context.Context, name string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// keys checks that keyrings and slots can be read, and that the newest keyring is
+// there.
+func (c *checker) keys(ctx context.Context) error {
+	rings, err := readRings(ctx, c.r.store, c.r.id)
+	if err != nil {
+		return err
+	}
+	if known := c.r.current().Keyring; known > rings.newest() {
+		c.problem(Problem{Object: ringName(c.r.id, known), What: "missing or damaged: what was stored since it was made cannot be read; put it back with \"holdfast key import\", or from a copy of the repository"})
+	} else if rings.damage != nil && len(rings.list) == 0 {
+		c.problem(Problem{Object: "keyring", What: rings.damage.Error()})
+	}
+	for name, err := range rings.bad {
+		if name != ringName(c.r.id, c.r.current().Keyring) {
+			c.problem(Problem{Object: name, What: err.Error()})
+		}
+	}
+	u := c.r.keys.Now()
+	for _, d := range rings.list { // the older ones, too: whoever puts back a lost keyring goes on from them
+		if err := d.check(u); err != nil {
+			c.problem(Problem{Object: d.name, What: err.Error() + "; put it back with \"holdfast key import\", or from a copy of the repository"})
+		}
+	}
+	slots, err := readSlots(ctx, c.r.store, c.r.id)
+	if err != nil {
+		return err
+	}
+	for _, k := range slots {
+		if k.err != nil {
+			c.problem(Problem{Object: slotName(k.id), What: k.err.Error() + "; remove it with \"holdfast key remove\", and add its passphrase again"})
+		}
 	}
 	return nil
 }

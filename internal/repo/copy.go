@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 
 	"holdfast/internal/disk"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -153,8 +154,8 @@ func (run *Run) CommitCopy(ctx context.Context, p *Point) error {
 	if b, err := hex.DecodeString(string(p.ID)); err != nil || len(b) != 16 {
 		return fmt.Errorf("copy restore point %.80q: not an id", p.ID)
 	}
-	return run.commit(ctx, p, func(s *state) error {
-		if _, there := s.points[p.ID]; there {
+	return run.commit(ctx, p, func(s *chain.State) error {
+		if _, there := s.Points[p.ID]; there {
 			return ErrPointExists
 		}
 		return run.mayCommit(s)
@@ -168,7 +169,7 @@ func (r *Repo) Forgotten(ctx context.Context) (map[PointID]bool, error) {
 		return nil, err
 	}
 	ids := map[PointID]bool{}
-	for id := range r.current().forgotten {
+	for id := range r.current().Forgotten {
 		ids[id] = true
 	}
 	return ids, nil

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 )
 
 // lossy stores one bit of the first pack otherwise than it was told to.
@@ -74,7 +75,7 @@ func TestReadBackSample(t *testing.T) {
 		t.Fatal(err)
 	}
 	equal(t, r, p, content)
-	for d := range r.current().indexes {
+	for d := range r.current().Indexes {
 		packs, err := r.readIndex(ctx, d)
 		if err != nil {
 			t.Fatal(err)
@@ -121,7 +122,7 @@ func TestCommitCopy(t *testing.T) {
 	if err := again(r, Point{ID: "../x"}); err == nil {
 		t.Error("took an id that is none")
 	}
-	if err := r.append(ctx, kindForget, entryClear{}, entrySealed{Points: []PointID{p.ID}}, func(*state) error { return nil }); err != nil {
+	if err := r.append(ctx, chain.Forget, chain.Clear{}, chain.Sealed{Points: []PointID{p.ID}}, func(*chain.State) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if gone, err := r.Forgotten(ctx); err != nil || len(gone) != 1 || !gone[p.ID] {

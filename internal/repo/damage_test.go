@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 )
 
 // An entry taken out of the chain, damaged, or put in the place of another, is
@@ -25,26 +26,26 @@ func TestChain(t *testing.T) {
 		contents[p.ID] = content
 	}
 	for what, c := range map[string]func(*blob.Mem) int{
-		"missing": func(s *blob.Mem) int { s.Delete(ctx, entryName(2)); return 3 },
+		"missing": func(s *blob.Mem) int { s.Delete(ctx, chain.Name(2)); return 3 },
 		"damaged": func(s *blob.Mem) int {
-			s.Damage(entryName(3), func(p []byte) []byte { p[len(p)-70] ^= 1; return p })
+			s.Damage(chain.Name(3), func(p []byte) []byte { p[len(p)-70] ^= 1; return p })
 			return 3
 		},
 		"newest damaged": func(s *blob.Mem) int {
-			s.Damage(entryName(4), func(p []byte) []byte { return p[:len(p)-1] })
+			s.Damage(chain.Name(4), func(p []byte) []byte { return p[:len(p)-1] })
 			return 3
 		},
 		"exchanged": func(s *blob.Mem) int {
-			p, _ := s.Get(ctx, entryName(3), 0, -1)
-			s.Damage(entryName(2), func([]byte) []byte { return p })
+			p, _ := s.Get(ctx, chain.Name(3), 0, -1)
+			s.Damage(chain.Name(2), func([]byte) []byte { return p })
 			return 3
 		},
 		"renumbered": func(s *blob.Mem) int {
 			for n := uint64(2); n < 4; n++ {
-				p, _ := s.Get(ctx, entryName(n+1), 0, -1)
-				s.Damage(entryName(n), func([]byte) []byte { return p })
+				p, _ := s.Get(ctx, chain.Name(n+1), 0, -1)
+				s.Damage(chain.Name(n), func([]byte) []byte { return p })
 			}
-			s.Delete(ctx, entryName(4))
+			s.Delete(ctx, chain.Name(4))
 			return 1
 		},
 	} {
@@ -61,11 +62,11 @@ func TestChain(t *testing.T) {
 		if report, err := r.Check(ctx, CheckOptions{}); err != nil || len(report.Problems) == 0 {
 			t.Errorf("%s: check: %v, %+v", what, err, report)
 		}
-		before, _ := listNames(ctx, s, "chain/")
+		before, _ := blob.Names(ctx, s, "chain/")
 		if _, err := save(r, "b", contents[points[0].ID], nil, nil); err == nil {
 			t.Errorf("%s: a point was added", what)
 		}
-		if after, _ := listNames(ctx, s, "chain/"); !slices.Equal(before, after) {
+		if after, _ := blob.Names(ctx, s, "chain/"); !slices.Equal(before, after) {
 			t.Errorf("%s: chain went from %v to %v", what, before, after)
 		}
 	}
@@ -76,7 +77,7 @@ func TestChain(t *testing.T) {
 	} else {
 		r.Close()
 	}
-	store.Delete(ctx, entryName(4))
+	store.Delete(ctx, chain.Name(4))
 	if _, err := Open(ctx, store, secret, Options{Cache: cache}); !errors.Is(err, ErrRolledBack) {
 		t.Errorf("rolled back: %v", err)
 	}
@@ -95,7 +96,7 @@ func TestLostIndex(t *testing.T) {
 	if _, err := save(r, "b", image(rng(t), 5*ChunkSize), nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, store, "index/")
+	names, _ := blob.Names(ctx, store, "index/")
 	for what, lose := range map[string]func(*blob.Mem, string){
 		"missing": func(s *blob.Mem, name string) { s.Delete(ctx, name) },
 		"damaged": func(s *blob.Mem, name string) { s.Damage(name, func(p []byte) []byte { p[100] ^= 1; return p }) },
@@ -142,7 +143,7 @@ func TestDamagedPack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, store, "packs/")
+	names, _ := blob.Names(ctx, store, "packs/")
 	for _, name := range names {
 		other := names[(slices.Index(names, name)+1)%len(names)]
 		for what, f := range map[string]func(s *blob.Mem){
@@ -195,7 +196,7 @@ func TestMissing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, store, "packs/")
+	names, _ := blob.Names(ctx, store, "packs/")
 	largest := slices.MaxFunc(names, func(a, b string) int {
 		pa, _ := store.Get(ctx, a, 0, -1)
 		pb, _ := store.Get(ctx, b, 0, -1)

@@ -15,6 +15,18 @@
 // A DiskReader looks ids up in the map, finds their places in the index, reads
 // neighbours in a pack with one request, opens and decodes.
 //
+// # Packages below
+//
+//	repo            what is done when: runs, reading, prune, check, copy, tiers, locks
+//	├ chain         the chain of commits: entries, the state they fold into, checkpoints
+//	├ index         where items lie: the cache of index objects
+//	├ tree          disk maps
+//	├ pack          items in a stored object
+//	├ codec         compression
+//	└ seal          the form of stored objects, and cryptography
+//
+// A lower one imports none above it.
+//
 // # What may run beside what
 //
 // All methods of Repo are safe in parallel, and so are several runs of one or
@@ -36,6 +48,7 @@
 //
 // # Locks in this package
 //
-// refreshing (one reader of the chain's news) is taken before learning (one
-// reader of the keyrings), that before mu (the state). No I/O happens under mu. Run.mu and packer.mu are never held together; liveIndex.mu is taken last.
+// refreshing (one reader of the chain's news) is taken before mu (the state), the
+// lock of keyring.Keys between them. No I/O happens under mu. Run.mu and packer.mu
+// are never held together; that of index.Index is taken last.
 package repo

@@ -6,27 +6,12 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"holdfast/internal/repo/internal/chain"
 )
-
-// Until says how long a point is marked to stay: Forever, a time in RFC 3339,
-// or "" for not at all.
-type Until string
-
-// Forever is until the mark is taken off.
-const Forever Until = "forever"
 
 // UntilTime marks to stay until t.
 func UntilTime(t time.Time) Until { return Until(t.UTC().Format(time.RFC3339)) }
-
-// Holds reports whether the mark keeps a point at that time. A mark that
-// cannot be read keeps it.
-func (u Until) Holds(now time.Time) bool {
-	if u == "" {
-		return false
-	}
-	t, err := time.Parse(time.RFC3339, string(u))
-	return err != nil || now.Before(t)
-}
 
 // ErrKept is returned by Forget for a point that is marked to stay.
 var ErrKept = errors.New("marked to stay")
@@ -41,16 +26,16 @@ var errNothing = errors.New("nothing to do")
 // forgotten.
 func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
 	ids = slices.Compact(slices.Sorted(slices.Values(ids)))
-	allowed := func(s *state) error {
+	allowed := func(s *chain.State) error {
 		left := 0
 		for _, id := range ids {
-			_, live := s.points[id]
-			_, gone := s.forgotten[id]
+			_, live := s.Points[id]
+			_, gone := s.Forgotten[id]
 			switch {
 			case !live && !gone:
 				return fmt.Errorf("%s: %w", id, ErrNotExist)
-			case live && s.keep[id].Holds(now):
-				return fmt.Errorf("%s: %w (until %s); take the mark off first", id, ErrKept, s.keep[id])
+			case live && s.Keep[id].Holds(now):
+				return fmt.Errorf("%s: %w (until %s); take the mark off first", id, ErrKept, s.Keep[id])
 			case live:
 				left++
 			}
@@ -60,7 +45,7 @@ func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
 		}
 		return nil
 	}
-	err := r.append(ctx, kindForget, entryClear{}, entrySealed{Points: ids}, allowed)
+	err := r.append(ctx, chain.Forget, chain.Clear{}, chain.Sealed{Points: ids}, allowed)
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("forget: %w", err)
 	}
@@ -73,20 +58,20 @@ func (r *Repo) Keep(ctx context.Context, ids []PointID, until Until) error {
 	if _, err := time.Parse(time.RFC3339, string(until)); err != nil && until != "" && until != Forever {
 		return fmt.Errorf("keep: %q is neither a time nor %q", until, Forever)
 	}
-	allowed := func(s *state) error {
+	allowed := func(s *chain.State) error {
 		same := true
 		for _, id := range ids {
-			if _, ok := s.points[id]; !ok {
+			if _, ok := s.Points[id]; !ok {
 				return fmt.Errorf("%s: %w", id, ErrNotExist)
 			}
-			same = same && s.keep[id] == until
+			same = same && s.Keep[id] == until
 		}
 		if same {
 			return errNothing
 		}
 		return nil
 	}
-	err := r.append(ctx, kindKeep, entryClear{}, entrySealed{Points: ids, Until: &until}, allowed)
+	err := r.append(ctx, chain.Keep, chain.Clear{}, chain.Sealed{Points: ids, Until: &until}, allowed)
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("keep: %w", err)
 	}

@@ -13,7 +13,7 @@ import (
 // in other packs now, is copied to the tier in those, so that its points stay
 // whole. It gives the tiers that have some of the packs.
 func (p *pruner) heirs(ctx context.Context, free [][32]byte) (tiers []string, err error) {
-	for _, t := range p.m.state.tiers {
+	for _, t := range p.m.state.Tiers {
 		far, err := p.r.tierStore(ctx, t.Name)
 		if err != nil {
 			return nil, err

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -77,7 +78,7 @@ func (r *Repo) Packs(ctx context.Context, f func(PackInfo) error) error {
 	s := r.current()
 	return r.eachIndex(ctx, s, func(d [32]byte, packs []index.Pack) error {
 		for _, k := range packs {
-			p := PackInfo{hex.EncodeToString(k.Name[:]), packKind(k.Kind), k.Size, len(k.Items), hex.EncodeToString(d[:]), s.inQuarantine(k.Name)}
+			p := PackInfo{hex.EncodeToString(k.Name[:]), packKind(k.Kind), k.Size, len(k.Items), hex.EncodeToString(d[:]), s.Quarantine[k.Name] != 0}
 			if err := f(p); err != nil {
 				return err
 			}
@@ -86,13 +87,8 @@ func (r *Repo) Packs(ctx context.Context, f func(PackInfo) error) error {
 	})
 }
 
-func (s *state) inQuarantine(pack [32]byte) bool {
-	_, ok := s.quarantine[pack]
-	return ok
-}
-
-func (r *Repo) eachIndex(ctx context.Context, s *state, f func([32]byte, []index.Pack) error) error {
-	names := slices.SortedFunc(maps.Keys(s.indexes), func(a, b [32]byte) int { return slices.Compare(a[:], b[:]) })
+func (r *Repo) eachIndex(ctx context.Context, s *chain.State, f func([32]byte, []index.Pack) error) error {
+	names := slices.SortedFunc(maps.Keys(s.Indexes), func(a, b [32]byte) int { return slices.Compare(a[:], b[:]) })
 	for _, d := range names {
 		packs, err := r.readIndex(ctx, d)
 		if err != nil {
@@ -111,8 +107,8 @@ func (r *Repo) Stats(ctx context.Context) (*Stats, error) {
 		return nil, err
 	}
 	s := r.current()
-	st := &Stats{Repository: r.ID(), Entries: s.head, Points: len(s.points), Indexes: len(s.indexes),
-		Quarantine: len(s.quarantine), Distrusted: len(s.bad), Keyring: r.Keyring()}
+	st := &Stats{Repository: r.ID(), Entries: s.Head, Points: len(s.Points), Indexes: len(s.Indexes),
+		Quarantine: len(s.Quarantine), Distrusted: len(s.Bad), Keyring: r.Keyring()}
 	kinds := map[uint16]*KindStats{pack.Chunks: {Kind: packKind(pack.Chunks)}, pack.Nodes: {Kind: packKind(pack.Nodes)}}
 	seen := map[[32]byte]bool{}
 	err := r.eachIndex(ctx, s, func(_ [32]byte, packs []index.Pack) error {
@@ -151,7 +147,7 @@ func (r *Repo) Stats(ctx context.Context) (*Stats, error) {
 func ratio(a, b int64) float64 { return math.Round(100*float64(a)/float64(b)) / 100 }
 
 // countUsed goes through the points' maps, equal subtrees once.
-func (r *Repo) countUsed(ctx context.Context, s *state, st *Stats) error {
+func (r *Repo) countUsed(ctx context.Context, s *chain.State, st *Stats) error {
 	chunks := map[tree.ID]int64{}
 	histories := map[HistoryID]bool{}
 	disk := func(size int64, root Root) error {
@@ -164,7 +160,7 @@ func (r *Repo) countUsed(ctx context.Context, s *state, st *Stats) error {
 		st.UsedBytes += n * ChunkSize
 		return err
 	}
-	for _, p := range s.points {
+	for _, p := range s.Points {
 		histories[p.History] = true
 		for _, d := range p.Disks {
 			if err := disk(d.Size, d.Root); err != nil {
@@ -327,7 +323,7 @@ func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secr
 		return err
 	}
 	if o.Magic == seal.Entry {
-		o.Meaning = entryMeaning(kind(o.Kind))
+		o.Meaning = chain.Kind(o.Kind).String()
 	}
 	if o.Magic == seal.Index {
 		packs, err := openIndex(raw.Clear, content)
@@ -341,18 +337,8 @@ func (r *Repo) dissectSealed(ctx context.Context, o *Object, raw *seal.Raw, secr
 	return nil
 }
 
-func entryMeaning(k kind) string {
-	names := []string{kindAdd: "add", kindCommit: "commit", kindForget: "forget", kindKeep: "keep", kindRevoke: "revoke",
-		kindQuarantine: "quarantine", kindSweep: "sweep", kindKeys: "keys", kindCheckpoint: "checkpoint", kindDistrust: "distrust",
-		kindLocks: "locks", kindTiers: "tiers"}
-	if int(k) >= len(names) {
-		return ""
-	}
-	return names[k]
-}
-
 func (r *Repo) dissectRing(o *Object, raw *seal.Raw, secrets bool) error {
-	content, err := raw.Open(r.ring.now.Load().root, "keyring")
+	content, err := raw.Open(r.keys.Now().root, "keyring")
 	if err != nil {
 		return fmt.Errorf("the root key does not open it: %w", err)
 	}
@@ -447,14 +433,14 @@ var ErrNoItem = errors.New("no such index object or item")
 // Index gives the packs and items that an index object lists, when id is its
 // SHA-256, or else every place of the chunk or map node that has this id.
 func (r *Repo) Index(ctx context.Context, id string) (packs []PackItems, places []Item, err error) {
-	d, err := parseDigest(id)
+	d, err := seal.ParseDigest(id)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%q is not an id: 64 hex digits", id)
 	}
 	if err := r.refresh(ctx); err != nil {
 		return nil, nil, err
 	}
-	if r.current().indexes[d] {
+	if r.current().Indexes[d] {
 		o, err := r.Object(ctx, indexName(d), false)
 		if err != nil {
 			return nil, nil, err

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/pack"
 )
 
@@ -24,7 +25,7 @@ func TestObject(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer run.Close()
-	names, _ := listNames(ctx, store, "")
+	names, _ := blob.Names(ctx, store, "")
 	for _, name := range names {
 		for _, secrets := range []bool{false, true} {
 			o, err := r.Object(ctx, name, secrets)
@@ -35,7 +36,7 @@ func TestObject(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, m := range r.ring.now.Load().ring.Masters {
+			for _, m := range r.keys.Now().ring.Masters {
 				key, _ := json.Marshal(m.Key)
 				shows := strings.Contains(string(b), strings.Trim(string(key), `"`))
 				newest := name == ringName(r.id, 2)
@@ -49,8 +50,7 @@ func TestObject(t *testing.T) {
 	for _, name := range names {
 		for _, at := range []float64{0, 0.3, 0.7, 1} {
 			s.Damage(name, func(p []byte) []byte { p[int(at*float64(len(p)-1))] ^= 4; return p })
-			damaged := &Repo{store: s, id: r.id, pub: r.pub}
-			damaged.ring.now.Store(r.ring.now.Load())
+			damaged := &Repo{store: s, id: r.id, pub: r.pub, state: r.current(), keys: r.keys}
 			o, err := damaged.Object(ctx, name, false)
 			slot := strings.HasPrefix(name, "keys/") // opens with its passphrase only
 			if err != nil || o.Problem == "" && o.Signature != "" && o.Signature == "good" || o.Problem == "" && o.Signature == "" && !slot {

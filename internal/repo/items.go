@@ -5,8 +5,11 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -25,10 +28,17 @@ type openerCache struct {
 
 // opener reads a pack's header.
 func (r *Repo) opener(ctx context.Context, name [32]byte) (*pack.Opener, error) {
-	return r.openers.lru.get(ctx, name, func() (*pack.Opener, error) {
-		p, err := r.get(ctx, packName(name), 0, seal.HeaderLen)
-		if err != nil {
-			return nil, err
+	return r.openerOf(ctx, name, nil)
+}
+
+// openerOf is opener for a pack whose first bytes are there; they are read when
+// they are not.
+func (r *Repo) openerOf(ctx context.Context, name [32]byte, p []byte) (*pack.Opener, error) {
+	return r.openers.lru.get(ctx, name, func() (_ *pack.Opener, err error) {
+		if len(p) < seal.HeaderLen {
+			if p, err = r.get(ctx, packName(name), 0, seal.HeaderLen); err != nil {
+				return nil, err
+			}
 		}
 		h, master, err := r.packHeader(ctx, p)
 		if err != nil {
@@ -60,12 +70,25 @@ func (r *Repo) get(ctx context.Context, name string, off, n int64) ([]byte, erro
 	return p, err
 }
 
+// fill is get into buf's memory, if that is large enough.
+func (r *Repo) fill(ctx context.Context, name string, off int64, n int, buf []byte) ([]byte, error) {
+	if n > blob.MaxSize {
+		return nil, fmt.Errorf("%w: %s: %d bytes at %d", ErrDamaged, name, n, off)
+	}
+	p := slices.Grow(buf[:0], n)[:n]
+	err := blob.Fill(ctx, r.store, name, off, p)
+	if errors.Is(err, blob.ErrNotExist) || errors.Is(err, blob.ErrTruncated) {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return p, err
+}
+
 // packDigest is the inverse of packName.
 func packDigest(name string) (d [32]byte, err error) {
 	if len(name) < 64 {
 		return d, fmt.Errorf("%s: %w: not a pack's name", name, ErrDamaged)
 	}
-	if d, err = parseDigest(name[len(name)-64:]); err == nil && packName(d) != name {
+	if d, err = seal.ParseDigest(name[len(name)-64:]); err == nil && packName(d) != name {
 		err = fmt.Errorf("%s: %w: not a pack's name", name, ErrDamaged)
 	}
 	return d, err
@@ -79,15 +102,15 @@ func (r *Repo) places(id pack.ID) ([]index.Place, error) {
 		return nil, err
 	}
 	s := r.current()
-	if len(s.bad) == 0 && len(s.quarantine) == 0 {
+	if len(s.Bad) == 0 && len(s.Quarantine) == 0 {
 		return all, nil
 	}
 	good := all[:0]
 	var last []index.Place
 	for _, p := range all {
 		switch {
-		case s.bad[badKey{p.Pack, id}]:
-		case s.quarantine[p.Pack] != 0:
+		case s.Bad[chain.Copy{Pack: p.Pack, ID: id}]:
+		case s.Quarantine[p.Pack] != 0:
 			last = append(last, p)
 		default:
 			good = append(good, p)
@@ -105,7 +128,7 @@ func (r *Repo) present(id pack.ID) (bool, error) {
 // presentIn gives the pack on which presence rests.
 func (r *Repo) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 	all, err := r.places(id)
-	if err != nil || len(all) == 0 || r.current().quarantine[all[0].Pack] != 0 {
+	if err != nil || len(all) == 0 || r.current().Quarantine[all[0].Pack] != 0 {
 		return name, false, err
 	}
 	return all[0].Pack, true, nil
@@ -117,12 +140,12 @@ func (r *Repo) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 // The caller does not hold refreshing.
 func (r *Repo) item(ctx context.Context, dst []byte, id pack.ID, max int) ([]byte, error) {
 	for n := len(dst); ; {
-		moved := r.current().moved
+		moved := r.current().Moved
 		var err error
 		if dst, err = r.itemKnown(ctx, dst[:n], id, max); !errors.Is(err, ErrDamaged) {
 			return dst, err
 		}
-		if r.refresh(ctx) != nil || r.current().moved == moved {
+		if r.refresh(ctx) != nil || r.current().Moved == moved {
 			return dst, err
 		}
 	}
@@ -144,7 +167,7 @@ func (r *Repo) itemKnown(ctx context.Context, dst []byte, id pack.ID, max int) (
 				return dst, err
 			}
 		}
-		if len(r.current().tiers) > 0 {
+		if len(r.current().Tiers) > 0 {
 			if other, otherErr := r.openOther(ctx, dst[:n], p, id, max); otherErr == nil {
 				return other, nil
 			}
@@ -159,15 +182,21 @@ func (r *Repo) open(ctx context.Context, dst []byte, at index.Place, id pack.ID,
 	if err != nil {
 		return dst, err
 	}
-	p, err := r.get(ctx, packName(at.Pack), int64(at.Offset), int64(at.Stored))
+	buf := sealedItems.Get().(*[]byte)
+	defer sealedItems.Put(buf)
+	p, err := r.fill(ctx, packName(at.Pack), int64(at.Offset), int(at.Stored), *buf)
 	if err != nil {
 		return dst, err
 	}
+	*buf = p
 	if dst, err = o.Open(dst, p, int(at.Number), id, max); err != nil {
 		return dst, fmt.Errorf("%s: %w", packName(at.Pack), err)
 	}
 	return dst, nil
 }
+
+// sealedItems are buffers for items as they are stored.
+var sealedItems = sync.Pool{New: func() any { return new([]byte) }}
 
 // openOther is open for the copy of the pack in a tier, when that in the own
 // store is damaged.
@@ -204,4 +233,15 @@ func (r *Repo) node(ctx context.Context, id tree.ID, level int) (*tree.Node, err
 		return nil, fmt.Errorf("%w: node %x is of level %d, %d wanted", ErrDamaged, id[:8], n.Level, level)
 	}
 	return n, err
+}
+
+// errNotCached says that a node is not at hand.
+var errNotCached = errors.New("not in the cache")
+
+// cachedNode gives a map node that is in the cache.
+func (r *Repo) cachedNode(_ context.Context, id tree.ID, level int) (*tree.Node, error) {
+	if n, ok := r.nodes.peek(id); ok && n.Level == level {
+		return n, nil
+	}
+	return nil, errNotCached
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -63,7 +64,7 @@ func (r *Repo) ExportKeys(ctx context.Context) ([]byte, error) {
 		}
 	}
 	for _, d := range rings.list {
-		if _, err := d.raw.Open(u.root, "keyring"); err == nil {
+		if d.opens(u.root) {
 			names = append(names, d.name)
 		}
 	}
@@ -107,7 +108,7 @@ func ImportKeys(ctx context.Context, s blob.Store, file []byte, dryRun bool) (Ke
 	}
 	generation := 0 // of the newest keyring there
 	if len(rings.list) > 0 {
-		generation = clearRoot(rings.list[0].raw)
+		generation = rings.list[0].generation()
 	}
 	for _, o := range f.Objects {
 		there, err := s.Get(ctx, o.Name, 0, -1)
@@ -118,7 +119,7 @@ func ImportKeys(ctx context.Context, s blob.Store, file []byte, dryRun bool) (Ke
 			done.Differs = append(done.Differs, o.Name)
 		case !errors.Is(err, blob.ErrNotExist):
 			return done, err
-		case o.Name != configName && generationOf(o) < generation:
+		case o.Name != configName && Generation(o.Name, o.Data) < generation:
 			done.Old = append(done.Old, o.Name)
 		default:
 			if !dryRun {
@@ -162,7 +163,6 @@ func parseKeyFile(file []byte) (f keyFile, id [16]byte, err error) {
 }
 
 func checkKeyObject(o keyObject, id [16]byte) error {
-	magic := map[string]string{"keys/": seal.Slot, "keyring/": seal.Keyring}
 	if err := blob.CheckName(o.Name); err != nil {
 		return err
 	}
@@ -173,59 +173,21 @@ func checkKeyObject(o keyObject, id [16]byte) error {
 		}
 		return err
 	}
-	dir, _, _ := strings.Cut(o.Name, "/")
-	m, ok := magic[dir+"/"]
-	if !ok {
-		return errors.New("not a key")
-	}
-	if m == seal.Slot {
-		_, err := parseSlot(o.Data, o.Name, id)
-		return err
-	}
-	raw, err := seal.Parse(o.Data, m)
-	if err == nil && raw.Header.Repo != id {
-		err = seal.ErrForeign
-	}
-	if err == nil && m == seal.Slot {
-		err = fitsName(o.Name, o.Data, raw)
-	}
-	return err
-}
-
-// clearRoot is the generation that the clear part of a slot or keyring says; 0
-// when it says none.
-func clearRoot(raw *seal.Raw) int {
-	var clear ringClear // a slot's has the same member
-	if seal.Unmarshal(raw.Clear, &clear) != nil {
-		return 0
-	}
-	return clear.Root
-}
-
-func generationOf(o keyObject) int {
-	magic := seal.Slot
-	if strings.HasPrefix(o.Name, "keyring/") {
-		magic = seal.Keyring
-	}
-	raw, err := seal.Parse(o.Data, magic)
-	if err != nil {
-		return 0
-	}
-	return clearRoot(raw)
+	return Check(o.Name, o.Data, id)
 }
 
 // belongs refuses a store that is another repository's, or nobody's.
 func belongs(ctx context.Context, s blob.Store, id [16]byte) error {
 	p, err := s.Get(ctx, configName, 0, seal.HeaderLen)
 	if errors.Is(err, blob.ErrNotExist) {
-		names, err := listNames(ctx, s, "chain/")
+		n, err := chain.Last(ctx, s)
 		if err != nil {
 			return err
 		}
-		if len(names) == 0 {
+		if n == 0 {
 			return fmt.Errorf("%w: neither its config nor any commit is there", ErrNotRepository)
 		}
-		p, err = s.Get(ctx, names[len(names)-1], 0, seal.HeaderLen)
+		p, err = s.Get(ctx, chain.Name(n), 0, seal.HeaderLen)
 		if err != nil {
 			return err
 		}

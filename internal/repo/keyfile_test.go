@@ -30,7 +30,7 @@ func exported(t *testing.T, store blob.Store) []byte {
 func lose(t *testing.T, s *blob.Mem, prefixes ...string) {
 	t.Helper()
 	for _, prefix := range prefixes {
-		names, err := listNames(ctx, s, prefix)
+		names, err := blob.Names(ctx, s, prefix)
 		if err != nil || len(names) == 0 {
 			t.Fatal(prefix, err)
 		}
@@ -107,7 +107,7 @@ func TestImportRefuses(t *testing.T) {
 		}
 	}
 	// A damaged object is not touched, and told.
-	names, _ := listNames(ctx, store, "keyring/")
+	names, _ := blob.Names(ctx, store, "keyring/")
 	store.Damage(names[0], func(p []byte) []byte { return p[:9] })
 	done, err := ImportKeys(ctx, store, file, false)
 	if err != nil || len(done.Differs) != 1 || done.Differs[0] != names[0] {

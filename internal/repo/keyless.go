@@ -1,19 +1,18 @@
 package repo
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strings"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -39,7 +38,7 @@ func CheckKeyless(ctx context.Context, s blob.Store, cache string, o CheckOption
 			return &k.report, nil
 		}
 		// What is missing may have been replaced beside this check.
-		if _, err := s.Get(ctx, entryName(k.report.Entries+1), 0, 1); err != nil {
+		if _, err := s.Get(ctx, chain.Name(k.report.Entries+1), 0, 1); err != nil {
 			return &k.report, nil
 		}
 	}
@@ -64,7 +63,7 @@ type keyless struct {
 	config [32]byte // its SHA-256
 	tiers  bool     // packs may be in other stores
 	live   map[[32]byte]bool
-	rule   lockState
+	rule   Immutability
 	packs  map[[32]byte]packInfo
 
 	mu     sync.Mutex // guards report while packs are read
@@ -83,119 +82,40 @@ func newKeyless(ctx context.Context, s blob.Store, o CheckOptions) (*keyless, er
 		return nil, fmt.Errorf("config: %w; put that object back from a copy of the repository", err)
 	}
 	return &keyless{store: s, o: o, id: id, pub: c.VerifyKey, config: sha256.Sum256(p),
-		live: map[[32]byte]bool{}, packs: map[[32]byte]packInfo{}}, nil
+		packs: map[[32]byte]packInfo{}}, nil
 }
 
 func (k *keyless) problem(object, what string) {
 	k.report.Problems = append(k.report.Problems, Problem{Object: object, What: what})
 }
 
-// chain follows the entries: numbers, signatures, predecessors. They give the
-// live index objects.
+// chain follows the entries, which give the live index objects.
 func (k *keyless) chain(ctx context.Context) error {
-	names, err := listNames(ctx, k.store, "chain/")
+	c := chain.Chain{Store: k.store, Repo: k.id, Verify: k.pub, Config: k.config}
+	o, err := c.Outline(ctx)
 	if err != nil {
 		return err
 	}
-	var numbers []uint64
-	for _, name := range names {
-		if n, ok := entryNumber(name); ok {
-			numbers = append(numbers, n)
-		} else {
-			k.problem(name, "not the name of an entry")
-		}
-	}
-	next, previous, start := uint64(1), k.config[:], uint64(0)
-	var gaps []gap // told when it is known where the chain begins
-	for e, err := range fetch(ctx, k.store, numbers) {
-		if err != nil {
-			return err
-		}
-		n, name := e.number, entryName(e.number)
-		if n > next {
-			previous = nil
-			gaps = append(gaps, absent(next, n-1))
-		}
-		if e.data == nil { // it was listed
-			gaps, next, previous = append(gaps, absent(n, n)), n+1, nil
-			continue
-		}
-		c, kind, err := parseEntry(e.data, n, k.id, k.pub)
-		if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) {
-			gaps = append(gaps, gap{n, false, err.Error()})
-			next, previous, k.report.Entries = n+1, nil, n
-			continue
-		} else if err != nil {
-			return err
-		}
-		if previous != nil && !bytes.Equal(c.Previous, previous) {
-			k.problem(name, "it does not follow its predecessor; an entry was exchanged or removed")
-		}
-		if kind == kindCheckpoint {
-			clear(k.live)
-		}
-		k.take(&c)
-		sum := sha256.Sum256(e.data)
-		if kind == kindTiers || kind == kindCheckpoint {
-			k.tiers = c.Tiers > 0
-		}
-		next, previous, start = n+1, sum[:], max(start, c.Start)
-		k.report.Entries = n
-	}
-	for _, g := range gaps {
-		switch {
-		case g.last < start:
-		case g.missing:
-			k.problem(g.text, "missing")
-		default:
-			k.problem(entryName(g.last), g.text)
-		}
+	k.live, k.tiers, k.rule, k.report.Entries = o.Indexes, o.Tiers, o.Locks, o.Head
+	for _, p := range o.Problems {
+		k.problem(p.Object, p.What)
 	}
 	return nil
-}
-
-// absent names entries that are not there.
-func absent(first, last uint64) gap {
-	text := entryName(first)
-	if last > first {
-		text += " to " + entryName(last)
-	}
-	return gap{last, true, text}
-}
-
-func (k *keyless) take(c *entryClear) {
-	if c.Locks != nil {
-		if err := k.rule.take(c.Locks); err != nil {
-			k.problem(entryName(c.Number), err.Error())
-		}
-	}
-	for _, d := range c.Adds {
-		if len(d) == 32 {
-			k.live[[32]byte(d)] = true
-		}
-	}
-	for _, d := range c.Drops {
-		if len(d) == 32 {
-			delete(k.live, [32]byte(d))
-		}
-	}
 }
 
 // keys looks at the form of key slots and keyrings. That they open cannot be
 // told from here.
 func (k *keyless) keys(ctx context.Context) error {
-	for _, w := range []struct{ prefix, magic string }{{"keys/", seal.Slot}, {"keyring/", seal.Keyring}} {
-		names, err := listNames(ctx, k.store, w.prefix)
+	for _, dir := range []string{"keys", "keyring"} {
+		names, err := blob.Names(ctx, k.store, dir+"/")
 		if err != nil {
 			return err
 		}
 		mine := 0
 		for _, name := range names {
-			var err error
-			if w.magic == seal.Slot {
-				_, err = getSlot(ctx, k.store, name, k.id)
-			} else {
-				_, err = getDocument(ctx, k.store, name, w.magic, k.id)
+			p, err := k.store.Get(ctx, name, 0, -1)
+			if err == nil {
+				err = Check(name, p, k.id)
 			}
 			switch {
 			case err == nil:
@@ -207,7 +127,7 @@ func (k *keyless) keys(ctx context.Context) error {
 			}
 		}
 		if mine == 0 {
-			k.problem(strings.TrimSuffix(w.prefix, "/"), "none is left: the repository cannot be opened; put them back from a copy of it")
+			k.problem(dir, "none is left: the repository cannot be opened; put them back from a copy of it")
 		}
 	}
 	return nil
@@ -259,12 +179,9 @@ func (k *keyless) stored(ctx context.Context) error {
 		return err
 	}
 	seen := verifiedIn(readingCache(k.cache, tier))
-	there := map[string]int64{}
-	for i, err := range k.store.List(ctx, "packs/") {
-		if err != nil {
-			return err
-		}
-		there[i.Name] = i.Size
+	there, err := listSizes(ctx, k.store)
+	if err != nil {
+		return err
 	}
 	read := seen.choose(k.packs, k.o)
 	var done int64
@@ -324,8 +241,8 @@ func (k *keyless) tier(ctx context.Context) (string, error) {
 }
 
 // pack gives how many bytes were read, and what is wrong.
-func (k *keyless) pack(ctx context.Context, name [32]byte, info packInfo, there map[string]int64, read bool) (int, suspicion, error) {
-	size, ok := there[packName(name)]
+func (k *keyless) pack(ctx context.Context, name [32]byte, info packInfo, there map[[32]byte]int64, read bool) (int, suspicion, error) {
+	size, ok := there[name]
 	switch {
 	case !ok:
 		return 0, suspicion{second: "missing"}, nil

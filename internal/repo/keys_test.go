@@ -257,7 +257,7 @@ func TestRotate(t *testing.T) {
 // newestMaster is the greatest number of a master key in the packs' headers.
 func newestMaster(t *testing.T, s blob.Store) (n uint32) {
 	t.Helper()
-	names, err := listNames(ctx, s, "packs/")
+	names, err := blob.Names(ctx, s, "packs/")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -304,7 +304,7 @@ func TestRotateRoot(t *testing.T) {
 		t.Error("slots are not what they were")
 	}
 	for _, prefix := range []string{"keys/", "keyring/"} {
-		names, _ := listNames(ctx, store, prefix)
+		names, _ := blob.Names(ctx, store, prefix)
 		if want := map[string]int{"keys/": 3, "keyring/": 1}[prefix]; len(names) != want {
 			t.Errorf("%v, want %d", names, want)
 		}
@@ -454,7 +454,7 @@ func TestKeysPowerLoss(t *testing.T) {
 						}
 						clean(t, r, false)
 						for _, pass := range c.opens[1:] {
-							if u, err := unlock(ctx, store, r.id, pass, nil, "", nil); err != nil || u.number != r.Keyring().Number {
+							if u, err := unlock(ctx, store, r.id, means{passphrase: pass}); err != nil || u.number != r.Keyring().Number {
 								t.Fatalf("%s: %s: %v", where, pass, err)
 							}
 						}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -29,17 +30,24 @@ type Lease struct {
 	beat string // the newest beat's name; "" before the first
 }
 
+// splitName takes apart the name of a lease, leases/SESSION, of its beat,
+// leases/SESSION.NUMBER, or of a pin, pins/SESSION.POINT.
+func splitName(name string) (session, rest string, more bool) {
+	_, base, _ := strings.Cut(name, "/")
+	return strings.Cut(base, ".")
+}
+
 // leases lists the leases that are open: there, and neither committed nor
 // revoked in s, which may be older than the listing.
-func (r *Repo) leases(ctx context.Context, s *state) (map[string]Lease, error) {
-	names, err := listNames(ctx, r.store, "leases/")
+func (r *Repo) leases(ctx context.Context, s *chain.State) (map[string]Lease, error) {
+	names, err := blob.Names(ctx, r.store, "leases/")
 	if err != nil {
 		return nil, err
 	}
 	open := map[string]Lease{}
 	for _, name := range names { // sorted: a lease comes before its beats
-		session, beat, isBeat := strings.Cut(strings.TrimPrefix(name, "leases/"), ".")
-		if s.over[session] != 0 {
+		session, beat, isBeat := splitName(name)
+		if s.Over[session] != 0 {
 			continue
 		}
 		if !isBeat {
@@ -68,7 +76,7 @@ func (r *Repo) readLease(ctx context.Context, session string) (Lease, error) {
 	if err != nil {
 		return l, err
 	}
-	master, err := r.ring.Master(raw.Header.Key)
+	master, err := r.keys.Master(raw.Header.Key)
 	if err != nil {
 		return l, err
 	}
@@ -139,8 +147,8 @@ func (r *Repo) watch(ctx context.Context, leases map[string]Lease, limit time.Du
 
 // revoke ends a dead run's lease, unless it has ended by itself.
 func (r *Repo) revoke(ctx context.Context, session string) error {
-	err := r.append(ctx, kindRevoke, entryClear{Lease: session}, entrySealed{}, func(s *state) error {
-		if s.over[session] != 0 {
+	err := r.append(ctx, chain.Revoke, chain.Clear{Lease: session}, chain.Sealed{}, func(s *chain.State) error {
+		if s.Over[session] != 0 {
 			return errNothing
 		}
 		return nil

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -35,7 +36,7 @@ func TestLesson05SilentlyPartialListing(t *testing.T) {
 		t.Fatal(err)
 	}
 	forget(t, r, w.dead...)
-	names, _ := listNames(ctx, w.store, "")
+	names, _ := blob.Names(ctx, w.store, "")
 	refused := 0
 	for _, hidden := range names {
 		if strings.HasPrefix(hidden, "pins/") {
@@ -54,7 +55,7 @@ func TestLesson05SilentlyPartialListing(t *testing.T) {
 		for _, p := range points(t, r) {
 			equal(t, r, &p, w.contents[p.ID])
 		}
-		pinned := r.current().forgotten[w.pinned]
+		pinned := r.current().Forgotten[w.pinned]
 		equal(t, r, pinned, w.contents[w.pinned])
 		clean(t, r, true)
 	}
@@ -71,17 +72,17 @@ func TestLesson05SilentlyPartialListing(t *testing.T) {
 // this package that asks for the time is known, with what for.
 func TestLesson07NoClockDecides(t *testing.T) {
 	known := map[string]string{
-		"Repo.watch":         "the pruner's own watching, monotonic",
-		"Repo.begin":         "when to announce again, monotonic",
-		"Repo.putPack":       "how old a pack is, by which it goes to a tier: where it lies, not whether",
-		"Run.storePack":      "how many packs are stored at once, monotonic",
-		"Run.announceSome":   "when to announce again, monotonic",
-		"Run.settle":         "when to announce again, monotonic",
-		"Repo.appendContent": "a label of the entry, for people",
-		"putSlot":            "a label of the key slot, for people",
-		"initialize":         "a label of the repository, for people",
-		"Open":               "until when a lock is asked for: the store alone decides when it has ended",
-		"Repo.ExportKeys":    "a label of the file, for people",
+		"Repo.watch":       "the pruner's own watching, monotonic",
+		"Repo.begin":       "when to announce again, monotonic",
+		"Repo.putPack":     "how old a pack is, by which it goes to a tier: where it lies, not whether",
+		"Run.storePack":    "how many packs are stored at once, monotonic",
+		"Run.announceSome": "when to announce again, monotonic",
+		"Run.settle":       "when to announce again, monotonic",
+		"Chain.Put":        "a label of the entry, for people",
+		"putSlot":          "a label of the key slot, for people",
+		"initialize":       "a label of the repository, for people",
+		"Open":             "until when a lock is asked for: the store alone decides when it has ended",
+		"Repo.ExportKeys":  "a label of the file, for people",
 	}
 	uses(t, known, func(pkg, name string) bool {
 		return pkg == "time" && (name == "Now" || name == "Since" || name == "Until")
@@ -101,16 +102,19 @@ func TestLesson16NoFileTimes(t *testing.T) {
 	uses(t, nil, func(_, name string) bool { return name == "ModTime" || name == "Atim" || name == "Chtimes" })
 }
 
-// uses wants each use of something, in this package and in internal/blob, to be
-// in a function that is known.
+// uses wants each use of something, in this package, those below it and
+// internal/blob, to be in a function that is known.
 func uses(t *testing.T, known map[string]string, wanted func(pkg, name string) bool) {
 	t.Helper()
-	files, err := filepath.Glob("*.go")
-	more, moreErr := filepath.Glob("../blob/dir*.go")
-	if err = errors.Join(err, moreErr); err != nil || len(files) < 20 || len(more) == 0 {
-		t.Fatal(files, more, err)
+	var files []string
+	for pattern, least := range map[string]int{"*.go": 20, "internal/*/*.go": 10, "../blob/dir*.go": 1} {
+		more, err := filepath.Glob(pattern)
+		if err != nil || len(more) < least {
+			t.Fatal(pattern, more, err)
+		}
+		files = append(files, more...)
 	}
-	for _, file := range append(files, more...) {
+	for _, file := range files {
 		if strings.HasSuffix(file, "_test.go") {
 			continue
 		}
@@ -163,10 +167,10 @@ func TestLesson13Forged(t *testing.T) {
 	before := store.Clone()
 	mustSave(t, r, "a", random(2, 3))
 	mustSave(t, attacker, "a", random(3, 3))
-	for range r.current().head - attacker.current().head + 1 { // so that it has an entry of the number that comes next
+	for range r.current().Head - attacker.current().Head + 1 { // so that it has an entry of the number that comes next
 		mustSave(t, attacker, "a", random(3, 3))
 	}
-	next := entryName(r.current().head + 1)
+	next := chain.Name(r.current().Head + 1)
 	get := func(s *blob.Mem, name string) []byte {
 		b, err := s.Get(ctx, name, 0, -1)
 		if err != nil {
@@ -185,8 +189,8 @@ func TestLesson13Forged(t *testing.T) {
 	for what, forged := range map[string][]byte{
 		"another repository's entry":               get(foreign, next),
 		"another repository's entry as one's own":  as(get(foreign, next)),
-		"an old entry once more":                   get(store, entryName(1)),
-		"an entry with one bit of its point other": flipped(get(store, entryName(r.current().head))),
+		"an old entry once more":                   get(store, chain.Name(1)),
+		"an entry with one bit of its point other": flipped(get(store, chain.Name(r.current().Head))),
 	} {
 		s := store.Clone()
 		if err := s.Put(ctx, next, forged); err != nil {

@@ -60,7 +60,7 @@ func TestLockBeside(t *testing.T) {
 	if err := run.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if bad := unprotected(store, r, p, r.current().head+1, clock.now().Add(30*day)); len(bad) > 0 {
+	if bad := unprotected(store, r, p, r.current().Head+1, clock.now().Add(30*day)); len(bad) > 0 {
 		t.Errorf("not locked: %v", bad)
 	}
 }
@@ -99,7 +99,7 @@ func TestLockBesidePrune(t *testing.T) {
 	}}
 	writer := clock.at(reopen(t, hook))
 	p := mustSave(t, writer, "c", content)
-	if bad := unprotected(store, writer, p, writer.current().head+1, clock.now().Add(30*day)); len(bad) > 0 || !pruned {
+	if bad := unprotected(store, writer, p, writer.current().Head+1, clock.now().Add(30*day)); len(bad) > 0 || !pruned {
 		t.Errorf("not locked: %v", bad)
 	}
 	clean(t, writer, true)
@@ -242,7 +242,7 @@ func TestLockPrune(t *testing.T) {
 			if n, _ := stored(t, store, "packs/"); n != packs {
 				t.Errorf("%d packs, were %d", n, packs)
 			}
-			if bad := unprotected(store, r, b, r.current().head, clock.now().Add(30*day)); len(bad) > 0 {
+			if bad := unprotected(store, r, b, r.current().Head, clock.now().Add(30*day)); len(bad) > 0 {
 				t.Errorf("not locked: %v", bad)
 			}
 			clock.pass(40 * day)
@@ -276,7 +276,7 @@ func TestLockQuarantined(t *testing.T) {
 	if err := run.Close(); err != nil {
 		t.Fatal(err)
 	}
-	for pack := range r.current().quarantine {
+	for pack := range r.current().Quarantine {
 		if err := store.Lock(ctx, packName(pack), blob.Lock{Until: clock.now().Add(day), Mode: blob.Governance}); err != nil {
 			t.Fatal(err)
 		}
@@ -351,7 +351,7 @@ func TestLockCheck(t *testing.T) {
 	}
 	clean(t, r, false)
 	for _, p := range points(t, r) {
-		if bad := unprotected(copied, r, &p, r.current().head, clock.now().Add(30*day)); len(bad) > 0 {
+		if bad := unprotected(copied, r, &p, r.current().Head, clock.now().Add(30*day)); len(bad) > 0 {
 			t.Errorf("not locked: %v", bad)
 		}
 	}
@@ -430,7 +430,7 @@ func TestLockCopy(t *testing.T) {
 	if err := errors.Join(run.CommitCopy(ctx, p), run.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if bad := unprotected(store, r, p, r.current().head+1, clock.now().Add(30*day)); len(bad) > 0 {
+	if bad := unprotected(store, r, p, r.current().Head+1, clock.now().Add(30*day)); len(bad) > 0 {
 		t.Errorf("not locked: %v", bad)
 	}
 }

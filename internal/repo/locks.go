@@ -13,22 +13,10 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 )
 
-// Immutability is the repository's rule on locks (docs/format.md §6.3): all that
-// a restore point needs cannot be deleted from the store for so many days after
-// it was made.
-type Immutability struct {
-	Days int `json:"days"` // 0: no rule
-	// Mode is "governance" or "compliance"; with Days 0 that of the last rule,
-	// "" if there never was one.
-	Mode string `json:"mode"`
-}
-
 const (
-	// MaxImmutableDays bounds Immutability.Days.
-	MaxImmutableDays = 36500
-
 	day = 24 * time.Hour
 	// lockStep is what ends of locks are rounded up to, so that an object is
 	// locked again once in a step.
@@ -39,46 +27,15 @@ const (
 	locking = 16
 )
 
-// lockState is the rule, and what bears on locks besides.
-type lockState struct {
-	Immutability
-	Commit     uint64 `json:"commit"`     // the newest commit entry
-	Distrusted uint64 `json:"distrusted"` // the newest entry that made items rest on other copies
-}
-
-func (l *lockState) take(rule *Immutability) error {
-	if rule == nil || rule.Days < 0 || rule.Days > MaxImmutableDays {
-		return fmt.Errorf("%w: rule on locks", ErrDamaged)
-	}
-	if rule.Days > 0 && lockMode(rule.Mode) == 0 {
-		return fmt.Errorf("%w: lock mode %.20q", ErrVersion, rule.Mode)
-	}
-	l.Days = rule.Days
-	if lockMode(rule.Mode) != 0 {
-		l.Mode = rule.Mode
-	}
-	return nil
-}
-
-// lockMode is the mode of that name; 0 for none.
-func lockMode(name string) blob.LockMode {
-	for _, m := range []blob.LockMode{blob.Governance, blob.Compliance} {
-		if m.String() == name {
-			return m
-		}
-	}
-	return 0
-}
-
-// want is the least lock of what a point needs that is committed at that time.
-func (l *lockState) want(now time.Time) blob.Lock {
-	return blob.Lock{Until: now.Add(time.Duration(l.Days)*day + lockMargin), Mode: lockMode(l.Mode)}
+// wantedLock is the least lock of what a point needs that is committed at that time.
+func wantedLock(rule Immutability, now time.Time) blob.Lock {
+	return blob.Lock{Until: now.Add(time.Duration(rule.Days)*day + lockMargin), Mode: blob.ParseLockMode(rule.Mode)}
 }
 
 // rootKey is under what the lock cache has a whole map: all its items have a
 // good copy that is locked. Distrust may take that copy, and nothing else does.
-func (l *lockState) rootKey(r Root) string {
-	return "map " + string(r) + " " + strconv.FormatUint(l.Distrusted, 10)
+func rootKey(s *chain.State, r Root) string {
+	return "map " + string(r) + " " + strconv.FormatUint(s.Locks.Distrusted, 10)
 }
 
 // lockEnd is when a lock ends that is to hold until t at least.
@@ -90,13 +47,13 @@ func lockEnd(t time.Time) time.Time {
 // Immutable tells the rule.
 func (r *Repo) Immutable(ctx context.Context) (Immutability, error) {
 	err := r.refresh(ctx)
-	return r.current().locks.Immutability, err
+	return r.current().Locks.Immutability, err
 }
 
 // TryLocks proves that a store keeps locks of that mode. blob.ErrNoLock is the
 // proof of the contrary.
 func TryLocks(ctx context.Context, s blob.Store, mode string) error {
-	m := lockMode(mode)
+	m := blob.ParseLockMode(mode)
 	if m == 0 {
 		return fmt.Errorf("lock mode %q is neither governance nor compliance", mode)
 	}
@@ -123,22 +80,24 @@ func (r *Repo) SetImmutable(ctx context.Context, rule Immutability, report func(
 	} else if err := TryLocks(ctx, r.store, rule.Mode); err != nil {
 		return fmt.Errorf("nothing was changed: %w", err)
 	}
-	allowed := func(s *state) error {
+	allowed := func(s *chain.State) error {
 		switch {
-		case rule.Days > 0 && lockMode(s.locks.Mode) == blob.Governance && lockMode(rule.Mode) == blob.Compliance:
+		case rule.Days > 0 && blob.ParseLockMode(s.Locks.Mode) == blob.Governance && blob.ParseLockMode(rule.Mode) == blob.Compliance:
 			return ErrLockMode
-		case rule.Days == s.locks.Days && (rule.Days == 0 || rule.Mode == s.locks.Mode):
+		case rule.Days == s.Locks.Days && (rule.Days == 0 || rule.Mode == s.Locks.Mode):
 			return errNothing
 		}
 		return nil
 	}
-	err := r.append(ctx, kindLocks, entryClear{Locks: &rule}, entrySealed{}, allowed)
+	err := r.append(ctx, chain.Locks, chain.Clear{Locks: &rule}, chain.Sealed{}, allowed)
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("immutability: %w", err)
 	}
 	s := r.current()
 	now := r.now()
-	until := func(p *Point) time.Time { return later(s.locks.want(now).Until, keptUntil(s, p.ID, now)) }
+	until := func(p *Point) time.Time {
+		return later(wantedLock(s.Locks.Immutability, now).Until, keptUntil(s, p.ID, now))
+	}
 	if err := r.protect(ctx, s, until, report); err != nil {
 		return fmt.Errorf("the rule is set, but not all is locked yet, which \"holdfast check\" does: %w", err)
 	}
@@ -154,14 +113,14 @@ func later(a, b time.Time) time.Time {
 
 // keptUntil is until when a mark wants a point's locks to hold; zero for not
 // at all.
-func keptUntil(s *state, id PointID, now time.Time) time.Time {
-	mark := s.keep[id]
-	if s.locks.Days == 0 || !mark.Holds(now) {
+func keptUntil(s *chain.State, id PointID, now time.Time) time.Time {
+	mark := s.Keep[id]
+	if s.Locks.Days == 0 || !mark.Holds(now) {
 		return time.Time{}
 	}
 	t, err := time.Parse(time.RFC3339, string(mark))
 	if err != nil { // for ever
-		return s.locks.want(now).Until
+		return wantedLock(s.Locks.Immutability, now).Until
 	}
 	if most := now.Add(MaxImmutableDays * day); t.After(most) {
 		return most
@@ -171,9 +130,9 @@ func keptUntil(s *state, id PointID, now time.Time) time.Time {
 
 // promised is until when the rule wants a point to be locked; zero when that
 // is over.
-func promised(s *state, p *Point, now time.Time) time.Time {
-	t := p.Time.Add(time.Duration(s.locks.Days) * day)
-	if s.locks.Days == 0 || !t.After(now) || p.Time.After(now.Add(lockMargin)) {
+func promised(s *chain.State, p *Point, now time.Time) time.Time {
+	t := p.Time.Add(time.Duration(s.Locks.Days) * day)
+	if s.Locks.Days == 0 || !t.After(now) || p.Time.After(now.Add(lockMargin)) {
 		return time.Time{}
 	}
 	return t
@@ -181,27 +140,27 @@ func promised(s *state, p *Point, now time.Time) time.Time {
 
 // protect locks what living points need until the times that until gives; zero
 // for a point that is left out.
-func (r *Repo) protect(ctx context.Context, s *state, until func(*Point) time.Time, report func(done, total int64)) error {
-	if s.locks.Days == 0 {
+func (r *Repo) protect(ctx context.Context, s *chain.State, until func(*Point) time.Time, report func(done, total int64)) error {
+	if s.Locks.Days == 0 {
 		return nil
 	}
 	ends, err := r.needsOf(ctx, s, until)
 	if err != nil || len(ends) == 0 {
 		return err
 	}
-	return r.lockEach(ctx, ends, lockMode(s.locks.Mode), report)
+	return r.lockEach(ctx, ends, blob.ParseLockMode(s.Locks.Mode), report)
 }
 
 // needsOf gives what living points need, and until when it is to be locked:
 // the latest of what until says for the points.
-func (r *Repo) needsOf(ctx context.Context, s *state, until func(*Point) time.Time) (map[string]time.Time, error) {
+func (r *Repo) needsOf(ctx context.Context, s *chain.State, until func(*Point) time.Time) (map[string]time.Time, error) {
 	type claim struct {
 		p     Point
 		until time.Time
 	}
 	var claims []claim
-	for _, id := range s.order {
-		if p, ok := s.points[id]; ok {
+	for _, id := range s.Order {
+		if p, ok := s.Points[id]; ok {
 			if t := until(&p); !t.IsZero() {
 				claims = append(claims, claim{p, t})
 			}
@@ -232,15 +191,15 @@ func (r *Repo) needsOf(ctx context.Context, s *state, until func(*Point) time.Ti
 }
 
 // common lists what every point needs besides packs.
-func (r *Repo) common(ctx context.Context, s *state) ([]string, error) {
+func (r *Repo) common(ctx context.Context, s *chain.State) ([]string, error) {
 	names, err := r.keyNames(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for n := max(1, s.older); n <= s.head; n++ {
-		names = append(names, entryName(n))
+	for n := max(1, s.Older); n <= s.Head; n++ {
+		names = append(names, chain.Name(n))
 	}
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		names = append(names, indexName(d))
 	}
 	return names, nil
@@ -289,12 +248,12 @@ func (r *Repo) lockEach(ctx context.Context, ends map[string]time.Time, mode blo
 // lockKeys locks keys that were just made, as lockEntry does.
 func (r *Repo) lockKeys(ctx context.Context) {
 	s := r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return
 	}
 	names, err := r.keyNames(ctx)
 	if err == nil {
-		_ = r.lock(ctx, names, s.locks.want(r.now()))
+		_ = r.lock(ctx, names, wantedLock(s.Locks.Immutability, r.now()))
 	}
 }
 
@@ -317,10 +276,10 @@ func (r *Repo) keyNames(ctx context.Context) ([]string, error) {
 // or check does.
 func (r *Repo) lockEntry(ctx context.Context, n uint64) {
 	s := r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	_ = r.lock(ctx, []string{entryName(n)}, s.locks.want(r.now()))
+	_ = r.lock(ctx, []string{chain.Name(n)}, wantedLock(s.Locks.Immutability, r.now()))
 }

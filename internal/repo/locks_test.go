@@ -14,6 +14,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
@@ -95,7 +96,7 @@ func unprotected(store *blobtest.Locking, r *Repo, p *Point, entry uint64, until
 			}
 		}
 	}
-	for _, m := range p.maps() {
+	for _, m := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(m.root), m.size)
 		if err != nil {
 			return []string{err.Error()}
@@ -104,10 +105,10 @@ func unprotected(store *blobtest.Locking, r *Repo, p *Point, entry uint64, until
 	}
 	want(locked(configName, any), configName)
 	for n := uint64(1); n < entry; n++ {
-		want(locked(entryName(n), any), entryName(n))
+		want(locked(chain.Name(n), any), chain.Name(n))
 	}
-	for d := range r.current().indexes {
-		if r.current().added[d].entry <= entry {
+	for d := range r.current().Indexes {
+		if r.current().Added[d].Entry <= entry {
 			want(locked(indexName(d), digest(d)), indexName(d))
 		}
 	}
@@ -123,12 +124,12 @@ func unprotected(store *blobtest.Locking, r *Repo, p *Point, entry uint64, until
 func commits(t *testing.T, r *Repo) map[PointID]uint64 {
 	t.Helper()
 	entries := map[PointID]uint64{}
-	for n := uint64(1); n <= r.current().head; n++ {
-		o, err := r.Object(ctx, entryName(n), false)
+	for n := uint64(1); n <= r.current().Head; n++ {
+		o, err := r.Object(ctx, chain.Name(n), false)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for id := range r.current().points {
+		for id := range r.current().Points {
 			if o.Meaning == "commit" && strings.Contains(fmt.Sprintf("%s", o.Sealed), string(id)) {
 				entries[id] = n
 			}
@@ -259,7 +260,7 @@ func TestLockPowerLoss(t *testing.T) {
 			// The next run locks the entry of a point whose writer died.
 			if at%5 == 0 || at == probe.calls+1 {
 				p := mustSave(t, r, "next", left)
-				head := r.current().head
+				head := r.current().Head
 				if bad := unprotected(store, r, p, head+1, clock.now().Add(30*day)); len(bad) > 0 {
 					t.Fatalf("cut at %d/%d: next run: not locked: %v", at, fault, bad)
 				}
@@ -275,8 +276,8 @@ func TestLockPowerLoss(t *testing.T) {
 func TestLockRefused(t *testing.T) {
 	for _, store := range []blob.Store{new(blob.Mem), &blobtest.Locking{IgnoreLocks: true}, &blobtest.Locking{ForgetLocks: true}} {
 		r := create(t, store)
-		head := r.current().head
-		if err := r.SetImmutable(ctx, thirty, nil); !errors.Is(err, blob.ErrNoLock) || r.current().head != head {
+		head := r.current().Head
+		if err := r.SetImmutable(ctx, thirty, nil); !errors.Is(err, blob.ErrNoLock) || r.current().Head != head {
 			t.Errorf("%T: %v", store, err)
 		}
 	}
@@ -287,7 +288,7 @@ func TestLockRefused(t *testing.T) {
 	}
 	store.ForgetLocks = false
 	mustSave(t, r, "a", random(1, 3))
-	if err := r.SetImmutable(ctx, Immutability{30, "compliance"}, nil); !errors.Is(err, ErrLockMode) {
+	if err := r.SetImmutable(ctx, Immutability{Days: 30, Mode: "compliance"}, nil); !errors.Is(err, ErrLockMode) {
 		t.Errorf("compliance: %v", err)
 	}
 	if err := r.SetImmutable(ctx, Immutability{}, nil); err != nil {

@@ -52,6 +52,24 @@ func (c *lru[K, V]) get(ctx context.Context, key K, load func() (V, error)) (V, 
 	}
 }
 
+// peek gives the key's value if it is there.
+func (c *lru[K, V]) peek(key K) (val V, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	el, ok := c.entries[key]
+	if !ok {
+		return val, false
+	}
+	e := el.Value.(*lruEntry[K, V])
+	select {
+	case <-e.ready:
+		c.recent.MoveToFront(el)
+		return e.val, e.err == nil
+	default:
+		return val, false
+	}
+}
+
 // entry gives the key's entry; mine says that the caller must load it.
 func (c *lru[K, V]) entry(key K) (e *lruEntry[K, V], mine bool) {
 	c.mu.Lock()

@@ -8,13 +8,13 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -38,10 +38,10 @@ type marker struct {
 	r     *Repo
 	own   string // the pruner's lease; "" in a dry run
 	there map[[32]byte]int64
-	old   *state // before there was listed
+	old   *chain.State // before there was listed
 
 	// As of state:
-	state  *state
+	state  *chain.State
 	before map[string]Lease // open, listed before state was read; without the own
 	after  map[string]Lease // listed after that
 	packs  map[[32]byte]*packMark
@@ -86,7 +86,7 @@ type packMark struct {
 	kind    uint16
 	items   int
 	indexes [][32]byte // that list it; hardly ever more than one
-	added   adding
+	added   chain.Adding
 	missing bool // not in the store, which a check has recorded
 	stuck   bool // holds what cannot be read and has no other copy
 
@@ -141,20 +141,20 @@ func (m *marker) catchUp(ctx context.Context) error {
 
 // readIndex reads an index object that is live in s. It fails with errMoved
 // when that is gone because another prune has replaced it since.
-func (m *marker) readIndex(ctx context.Context, s *state, d [32]byte) ([]index.Pack, error) {
+func (m *marker) readIndex(ctx context.Context, s *chain.State, d [32]byte) ([]index.Pack, error) {
 	packs, err := m.r.readIndex(ctx, d)
 	return packs, m.gone(ctx, s, err)
 }
 
 // gone is what it means that an index object which is live in s could not be read.
-func (m *marker) gone(ctx context.Context, s *state, err error) error {
+func (m *marker) gone(ctx context.Context, s *chain.State, err error) error {
 	if !errors.Is(err, ErrDamaged) {
 		return err
 	}
 	if err := m.r.refresh(ctx); err != nil {
 		return err
 	}
-	if m.r.current().head != s.head {
+	if m.r.current().Head != s.Head {
 		return errMoved
 	}
 	return refuse("%w; run check, or back up: both make the index anew from the packs", err)
@@ -177,7 +177,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if damage := m.r.Damage(); len(damage) > 0 {
 		return refuse("%s; run check, and put back what it names from a copy of the repository", damage[0])
 	}
-	if m.state == nil || m.state.moved != s.moved {
+	if m.state == nil || m.state.Moved != s.Moved {
 		m.packs, m.read, m.points = map[[32]byte]*packMark{}, map[[32]byte]bool{}, map[PointID]bool{}
 		m.lost, m.notes = map[PointID]int64{}, map[string]bool{}
 		m.chunks, m.walked, m.nodes = nil, nil, map[tree.ID]bool{}
@@ -188,12 +188,12 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if m.after, err = m.open(ctx, s); err != nil {
 		return err
 	}
-	for session := range s.over {
+	for session := range s.Over {
 		delete(before, session)
 	}
 	m.state, m.before = s, before
-	for _, id := range s.order {
-		if p, ok := s.points[id]; ok {
+	for _, id := range s.Order {
+		if p, ok := s.Points[id]; ok {
 			if err := m.point(ctx, &p); err != nil {
 				return err
 			}
@@ -208,7 +208,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 		return err
 	}
 	for id, session := range m.pins { // what lacks chunks only because it is gone
-		if _, live := s.points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, pinName(session, id)) {
+		if _, live := s.Points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, pinName(session, id)) {
 			delete(m.lost, id)
 			m.pinned--
 		}
@@ -218,7 +218,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 
 // open lists open leases but the own, which must be listed: else the listing
 // is not complete.
-func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
+func (m *marker) open(ctx context.Context, s *chain.State) (map[string]Lease, error) {
 	open, err := m.r.leases(ctx, s)
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
@@ -228,7 +228,7 @@ func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
 			if err := m.r.refresh(ctx); err != nil {
 				return nil, err
 			}
-			if m.r.current().over[m.own] != 0 {
+			if m.r.current().Over[m.own] != 0 {
 				return nil, ErrRevoked
 			}
 			return nil, refuse("the store does not list this prune's own lease, leases/%s: its listing cannot be relied on", m.own)
@@ -241,7 +241,7 @@ func (m *marker) open(ctx context.Context, s *state) (map[string]Lease, error) {
 // adopt takes over the state after an entry of the pruner's own, unless there
 // are other news, which the next catchUp looks at.
 func (m *marker) adopt(ctx context.Context) error {
-	if s := m.r.current(); s.head == m.state.head+1 {
+	if s := m.r.current(); s.Head == m.state.Head+1 {
 		if err := m.inventory(ctx, s); errors.Is(err, errMoved) {
 			m.state = nil // part of it is taken in: begin anew
 			return m.catchUp(ctx)
@@ -255,9 +255,9 @@ func (m *marker) adopt(ctx context.Context) error {
 
 // inventory reads the index objects that are new, forgets those that are no
 // more, and compares the packs that they list with the store's listing.
-func (m *marker) inventory(ctx context.Context, s *state) error {
+func (m *marker) inventory(ctx context.Context, s *chain.State) error {
 	var unread [][32]byte
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if !m.read[d] {
 			unread = append(unread, d)
 		}
@@ -280,7 +280,7 @@ func (m *marker) inventory(ctx context.Context, s *state) error {
 	// Only now, so that a pack which another index object lists keeps its marks.
 	dropped := map[[32]byte]bool{}
 	for d := range m.read {
-		if !s.indexes[d] {
+		if !s.Indexes[d] {
 			delete(m.read, d)
 			dropped[d] = true
 		}
@@ -299,15 +299,15 @@ func (m *marker) inventory(ctx context.Context, s *state) error {
 
 // pack notes a pack of the inventory. One that was in the inventory before
 // the store was listed must have been listed.
-func (m *marker) pack(ctx context.Context, s *state, d [32]byte, k *index.Pack) error {
+func (m *marker) pack(ctx context.Context, s *chain.State, d [32]byte, k *index.Pack) error {
 	if have := m.packs[k.Name]; have != nil {
 		have.indexes = append(have.indexes, d)
 		return nil
 	}
-	mark := &packMark{size: k.Size, kind: k.Kind, items: len(k.Items), indexes: [][32]byte{d}, added: s.added[d]}
+	mark := &packMark{size: k.Size, kind: k.Kind, items: len(k.Items), indexes: [][32]byte{d}, added: s.Added[d]}
 	m.packs[k.Name] = mark
 	size, listed := m.there[k.Name]
-	if listed && size == k.Size || !m.old.indexes[d] || s.quarantine[k.Name] != 0 {
+	if listed && size == k.Size || !m.old.Indexes[d] || s.Quarantine[k.Name] != 0 {
 		return nil
 	}
 	name := packName(k.Name)
@@ -321,7 +321,7 @@ func (m *marker) pack(ctx context.Context, s *state, d [32]byte, k *index.Pack) 
 	}
 	bad := 0
 	for _, it := range k.Items {
-		if s.bad[badKey{k.Name, it.ID}] {
+		if s.Bad[chain.Copy{Pack: k.Name, ID: it.ID}] {
 			bad++
 		}
 	}
@@ -336,13 +336,13 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 	if m.points[p.ID] {
 		return nil
 	}
-	for _, d := range p.maps() {
+	for _, d := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(d.root), d.size)
 		if err == nil {
 			err = m.disk(ctx, p.ID, root)
 		}
 		if errors.Is(err, ErrDamaged) || errors.Is(err, tree.ErrNode) {
-			if m.r.refresh(ctx) == nil && m.r.current().moved != m.state.moved {
+			if m.r.refresh(ctx) == nil && m.r.current().Moved != m.state.Moved {
 				return errMoved // what was looked for may be elsewhere by now
 			}
 			return refuse("the map of %s of point %s (%s of %s) cannot be read, so what it needs is not known: %w; "+
@@ -530,9 +530,9 @@ func (m *marker) rank(p *index.Place, id pack.ID) int {
 	switch {
 	case k == nil || k.missing || int(p.Number) >= k.items:
 		return 0
-	case m.state.bad[badKey{p.Pack, id}]:
+	case m.state.Bad[chain.Copy{Pack: p.Pack, ID: id}]:
 		return rankBad
-	case m.state.quarantine[p.Pack] != 0:
+	case m.state.Quarantine[p.Pack] != 0:
 		return rankQuarantine
 	}
 	return rankGood
@@ -542,23 +542,23 @@ func (m *marker) rank(p *index.Place, id pack.ID) int {
 // off after copying has not copied in vain.
 func (m *marker) newer(a, b *index.Place) bool {
 	ka, kb := m.packs[a.Pack], m.packs[b.Pack]
-	if ka.added.entry != kb.added.entry {
-		return ka.added.entry > kb.added.entry
+	if ka.added.Entry != kb.added.Entry {
+		return ka.added.Entry > kb.added.Entry
 	}
 	return bytes.Compare(a.Pack[:], b.Pack[:]) > 0
 }
 
 // readPins walks the points that are forgotten and pinned. It lists the pins after
 // the chain was read: who pins a point looks for it in the chain after.
-func (m *marker) readPins(ctx context.Context, s *state) error {
-	names, err := listNames(ctx, m.r.store, "pins/")
+func (m *marker) readPins(ctx context.Context, s *chain.State) error {
+	names, err := blob.Names(ctx, m.r.store, "pins/")
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
 	}
 	pinned := map[PointID]string{} // and by whom
 	for _, name := range names {
 		id, err := m.r.readPin(ctx, name)
-		session, _, _ := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
+		session, _, _ := splitName(name)
 		if errors.Is(err, blob.ErrNotExist) {
 			continue
 		} else if err != nil {
@@ -568,10 +568,10 @@ func (m *marker) readPins(ctx context.Context, s *state) error {
 	}
 	m.pins, m.pinned = pinned, 0
 	for id, session := range pinned {
-		if _, live := s.points[id]; live {
+		if _, live := s.Points[id]; live {
 			continue
 		}
-		p, known := s.forgotten[id]
+		p, known := s.Forgotten[id]
 		if !known {
 			m.notes[fmt.Sprintf("a pin names point %s, which never was or is younger than this prune", id)] = true
 			continue
@@ -614,7 +614,7 @@ func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
 	if err != nil {
 		return "", err
 	}
-	master, err := r.ring.Master(raw.Header.Key)
+	master, err := r.keys.Master(raw.Header.Key)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", name, err)
 	}
@@ -635,15 +635,15 @@ func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
 	return pin.Point, nil
 }
 
-// shielded reports whether a pack belongs to a run that is under way: it has
-// announced it, and will name it in a point that is not there yet.
-func (m *marker) shielded(k *packMark) bool {
-	if k.added.lease == "" {
+// shielded reports whether what was added so belongs to a run that is under way:
+// it has announced it, and will name it in a point that is not there yet.
+func (m *marker) shielded(a chain.Adding) bool {
+	if a.Lease == "" {
 		return false
 	}
-	_, before := m.before[k.added.lease]
-	_, after := m.after[k.added.lease]
-	return before || after || k.added.lease == m.own
+	_, before := m.before[a.Lease]
+	_, after := m.after[a.Lease]
+	return before || after || a.Lease == m.own
 }
 
 // missing lists points of which chunks have no copy at all.

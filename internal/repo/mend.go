@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -21,22 +22,18 @@ func (r *Repo) Damage() []string {
 	s := r.current()
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	var damage []string
-	for _, g := range s.gaps {
-		damage = append(damage, g.text)
-	}
-	return append(damage, r.lostIndexes...)
+	return append(s.Damage(), r.lostIndexes...)
 }
 
 // readIndexes takes the index objects that the cache x does not have into it. One that
 // is lost is made up for from the packs themselves, in the cache alone; the
 // next run stores the result in its place.
-func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error {
+func (r *Repo) readIndexes(ctx context.Context, s *chain.State, x *index.Index) error {
 	lost, drop, err := r.fillIndex(ctx, s, x)
 	if err != nil {
 		return err
 	}
-	if len(lost) == 0 && len(s.gaps) == 0 {
+	if len(lost) == 0 && len(s.Damage()) == 0 {
 		return nil
 	}
 	r.mu.RLock()
@@ -45,7 +42,7 @@ func (r *Repo) readIndexes(ctx context.Context, s *state, x *index.Index) error 
 	if done {
 		return nil
 	}
-	if _, err := r.store.Get(ctx, entryName(s.head+1), 0, -1); err == nil {
+	if _, err := r.store.Get(ctx, chain.Name(s.Head+1), 0, -1); err == nil {
 		return errMoved
 	}
 	if _, err := r.makeUp(ctx, s, drop, x); err != nil {
@@ -66,10 +63,10 @@ const (
 
 // fillIndex takes the index objects that x does not have into it, all in one
 // step, and tells which are lost, and why.
-func (r *Repo) fillIndex(ctx context.Context, s *state, x *index.Index) (why []string, lost map[[32]byte]bool, err error) {
+func (r *Repo) fillIndex(ctx context.Context, s *chain.State, x *index.Index) (why []string, lost map[[32]byte]bool, err error) {
 	lost = map[[32]byte]bool{}
 	var missing [][32]byte
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if !x.Has(d) {
 			missing = append(missing, d)
 		}
@@ -133,7 +130,7 @@ func (r *Repo) readMany(ctx context.Context, list [][32]byte, f func(d [32]byte,
 
 // makeUp takes into the cache what the packs that no sound index object lists
 // hold, and keeps it for mend.
-func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool, x *index.Index) ([]index.Pack, error) {
+func (r *Repo) makeUp(ctx context.Context, s *chain.State, lost map[[32]byte]bool, x *index.Index) ([]index.Pack, error) {
 	found, err := r.scan(ctx, s, lost)
 	if err != nil {
 		return nil, err
@@ -148,9 +145,9 @@ func (r *Repo) makeUp(ctx context.Context, s *state, lost map[[32]byte]bool, x *
 }
 
 // scan reads the directories of all packs that no index object lists.
-func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]index.Pack, error) {
+func (r *Repo) scan(ctx context.Context, s *chain.State, lost map[[32]byte]bool) ([]index.Pack, error) {
 	listed := map[string]bool{}
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if lost[d] {
 			continue
 		}
@@ -169,7 +166,7 @@ func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]in
 		if err != nil {
 			return nil, err
 		}
-		if name, err := packDigest(i.Name); listed[i.Name] || err != nil || s.quarantine[name] != 0 {
+		if name, err := packDigest(i.Name); listed[i.Name] || err != nil || s.Quarantine[name] != 0 {
 			continue
 		}
 		k, err := r.readDirectory(ctx, i)
@@ -185,10 +182,7 @@ func (r *Repo) scan(ctx context.Context, s *state, lost map[[32]byte]bool) ([]in
 
 // readDirectory lists a pack's items from the pack alone.
 func (r *Repo) readDirectory(ctx context.Context, i blob.Info) (k index.Pack, err error) {
-	if len(i.Name) < 64 {
-		return k, fmt.Errorf("%s: %w: not a pack's name", i.Name, ErrDamaged)
-	}
-	if k.Name, err = parseDigest(i.Name[len(i.Name)-64:]); err != nil {
+	if k.Name, err = packDigest(i.Name); err != nil {
 		return k, err
 	}
 	p, err := r.store.Get(ctx, i.Name, 0, -1)
@@ -219,7 +213,7 @@ func (r *Repo) mend(ctx context.Context) error {
 	if len(drop) == 0 {
 		return nil
 	}
-	var c entryClear
+	var c chain.Clear
 	for d := range drop {
 		c.Drops = append(c.Drops, seal.Hex(d[:]))
 	}
@@ -232,7 +226,7 @@ func (r *Repo) mend(ctx context.Context) error {
 		c.Adds = append(c.Adds, d[:])
 		found = found[n:]
 	}
-	if err := r.append(ctx, kindAdd, c, entrySealed{}, func(*state) error { return nil }); err != nil {
+	if err := r.append(ctx, chain.Add, c, chain.Sealed{}, func(*chain.State) error { return nil }); err != nil {
 		return fmt.Errorf("mend the index: %w", err)
 	}
 	r.mu.Lock()

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -20,7 +21,7 @@ const mirroring = 8
 
 // mirror brings a tier's mirror up to date, and gives the state that it then
 // holds, or a later one. It may run beside others, and be cut off anywhere.
-func (r *Repo) mirror(ctx context.Context, tier string) (*state, error) {
+func (r *Repo) mirror(ctx context.Context, tier string) (*chain.State, error) {
 	for {
 		s, err := r.tryMirror(ctx, tier)
 		if errors.Is(err, errMoved) {
@@ -33,7 +34,7 @@ func (r *Repo) mirror(ctx context.Context, tier string) (*state, error) {
 }
 
 // tryMirror fails with errMoved when something was deleted that it was to copy.
-func (r *Repo) tryMirror(ctx context.Context, tier string) (*state, error) {
+func (r *Repo) tryMirror(ctx context.Context, tier string) (*chain.State, error) {
 	// Listed before the chain is read: what is there and not in the inventory
 	// then was dropped from it, and is not yet to come.
 	far, err := r.tierStore(ctx, tier)
@@ -42,7 +43,7 @@ func (r *Repo) tryMirror(ctx context.Context, tier string) (*state, error) {
 	}
 	m := &mirrorer{r: r, far: far, there: map[string]bool{}}
 	for _, prefix := range []string{configName, "keys/", "keyring/", "index/", "chain/"} {
-		names, err := listNames(ctx, far, prefix)
+		names, err := blob.Names(ctx, far, prefix)
 		if err != nil {
 			return nil, err
 		}
@@ -69,7 +70,7 @@ func (r *Repo) tryMirror(ctx context.Context, tier string) (*state, error) {
 type mirrorer struct {
 	r     *Repo
 	far   blob.Store
-	s     *state
+	s     *chain.State
 	there map[string]bool // what the mirror has
 	keep  map[string]bool // key slots and keyrings that are to stay
 }
@@ -85,7 +86,7 @@ func (m *mirrorer) copy(ctx context.Context, name string, right func([]byte) boo
 		if err := m.r.refresh(ctx); err != nil {
 			return err
 		}
-		if m.r.current().head != m.s.head {
+		if m.r.current().Head != m.s.Head {
 			return errMoved
 		}
 	}
@@ -112,7 +113,7 @@ func (m *mirrorer) copy(ctx context.Context, name string, right func([]byte) boo
 func (m *mirrorer) keys(ctx context.Context) error {
 	own := m.r.tiers.Own()
 	for {
-		rings, err := listNames(ctx, own, "keyring/")
+		rings, err := blob.Names(ctx, own, "keyring/")
 		if err != nil {
 			return err
 		}
@@ -120,11 +121,11 @@ func (m *mirrorer) keys(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		slots, err := listNames(ctx, own, "keys/")
+		slots, err := blob.Names(ctx, own, "keys/")
 		if err != nil {
 			return err
 		}
-		again, err := listNames(ctx, own, "keyring/")
+		again, err := blob.Names(ctx, own, "keyring/")
 		if err != nil {
 			return err
 		}
@@ -155,7 +156,7 @@ func (m *mirrorer) keys(ctx context.Context) error {
 func (m *mirrorer) indexes(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(mirroring)
-	for d := range m.s.indexes {
+	for d := range m.s.Indexes {
 		g.Go(func() error {
 			return m.copy(gctx, indexName(d), func(p []byte) bool { return sha256.Sum256(p) == d })
 		})
@@ -165,7 +166,7 @@ func (m *mirrorer) indexes(ctx context.Context) error {
 
 // chain copies the entries in their order, unless there is no config yet.
 func (m *mirrorer) chain(ctx context.Context) error {
-	names, err := listNames(ctx, m.r.tiers.Own(), "chain/")
+	names, err := blob.Names(ctx, m.r.tiers.Own(), "chain/")
 	if err != nil {
 		return err
 	}
@@ -175,7 +176,7 @@ func (m *mirrorer) chain(ctx context.Context) error {
 		g.SetLimit(mirroring)
 	}
 	for _, name := range names {
-		if name > entryName(m.s.head) {
+		if name > chain.Name(m.s.Head) {
 			break
 		}
 		g.Go(func() error {
@@ -183,7 +184,7 @@ func (m *mirrorer) chain(ctx context.Context) error {
 				raw, err := seal.Parse(p, seal.Entry)
 				return err == nil && raw.Verify(m.r.id, m.r.pub) == nil
 			})
-			if errors.Is(err, blob.ErrNotExist) && name < entryName(m.s.older) {
+			if errors.Is(err, blob.ErrNotExist) && name < chain.Name(m.s.Older) {
 				return nil // a prune has just deleted it, and nobody has to read it
 			}
 			return err
@@ -201,8 +202,8 @@ func (m *mirrorer) tidy(ctx context.Context) error {
 		var gone bool
 		switch dir, base, _ := strings.Cut(name, "/"); dir {
 		case "index":
-			d, err := parseDigest(base)
-			gone = err == nil && !m.s.indexes[d]
+			d, err := seal.ParseDigest(base)
+			gone = err == nil && !m.s.Indexes[d]
 		case "keys", "keyring":
 			if m.keep[name] {
 				break

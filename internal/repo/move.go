@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 )
 
@@ -83,7 +84,7 @@ func (r *Repo) Move(ctx context.Context, tier string, o MoveOptions) (*MoveRepor
 	if err := r.refresh(ctx); err != nil {
 		return nil, err
 	}
-	if r.current().tier(tier) == nil {
+	if r.current().Tier(tier) == nil {
 		return nil, fmt.Errorf("%q: %w", tier, ErrNoTier)
 	}
 	if o.DryRun {
@@ -131,7 +132,7 @@ func (r *Repo) turn(ctx context.Context, run *Run, tier string, back bool, watch
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if t := r.current().tier(tier); t != nil && t.Back != back {
+	if t := r.current().Tier(tier); t != nil && t.Back != back {
 		err := r.outwait(ctx, tier, watch, revoked, func(session string, _ Lease) bool { return session != run.lease })
 		if err != nil {
 			return err
@@ -152,7 +153,7 @@ func (r *Repo) turn(ctx context.Context, run *Run, tier string, back bool, watch
 		return err
 	}
 	return r.outwait(ctx, tier, watch, revoked, func(session string, l Lease) bool {
-		t := r.current().tier(tier)
+		t := r.current().Tier(tier)
 		return session != run.lease && t != nil && l.Chain < t.Turned
 	})
 }
@@ -207,10 +208,10 @@ func (m *carrier) still(ctx context.Context) error {
 		return err
 	}
 	s := m.r.current()
-	if s.over[m.run.lease] != 0 {
+	if s.Over[m.run.lease] != 0 {
 		return ErrRevoked
 	}
-	switch t := s.tier(m.tier); {
+	switch t := s.Tier(m.tier); {
 	case t == nil:
 		return fmt.Errorf("%q: %w any more", m.tier, ErrNoTier)
 	case t.Back != m.o.Back:
@@ -285,7 +286,7 @@ func (m *carrier) list(ctx context.Context) (err error) {
 
 // toGo chooses what goes to the tier: map packs, and chunk packs by age, the
 // oldest first.
-func (m *carrier) toGo(ctx context.Context, s *state) (nodes, chunks []task, err error) {
+func (m *carrier) toGo(ctx context.Context, s *chain.State) (nodes, chunks []task, err error) {
 	if err := m.list(ctx); err != nil {
 		return nil, nil, err
 	}

@@ -39,7 +39,7 @@ func (n *needs) take() [][32]byte {
 
 // point walks all maps of a point.
 func (n *needs) point(ctx context.Context, p *Point) error {
-	for _, m := range p.maps() {
+	for _, m := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(m.root), m.size)
 		if err != nil {
 			n.lost = true

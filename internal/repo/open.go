@@ -10,12 +10,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
@@ -25,7 +26,7 @@ import (
 const (
 	configName = "config"
 
-	chunkCacheBytes = 64 << 20
+	chunkCacheBytes = 136 << 20
 	nodeCacheCount  = 2048 // of 8 KiB
 	openerCount     = 4096 // of about 1 KiB
 )
@@ -57,19 +58,17 @@ func initialize(ctx context.Context, s blob.Store, passphrase []byte, o Options,
 	}
 	var repo [16]byte
 	rand.Read(repo[:])
-	root, seed := randomKey(), randomKey()
-	ids, master := randomKey(), randomKey()
-	sign := ed25519.NewKeyFromSeed(seed[:])
-	kdf.Root = 1
-	if _, err := putSlot(ctx, s, repo, root, passphrase, kdf); err != nil {
+	u := firstRing()
+	sign := ed25519.NewKeyFromSeed(u.ring.Sign)
+	kdf.Root = u.generation
+	if _, err := putSlot(ctx, s, repo, u.root, passphrase, kdf); err != nil {
 		return nil, err
 	}
-	ring := seal.Ring{IDs: ids[:], Sign: seed[:], Masters: []seal.Master{{Number: 1, Key: master[:]}}}
-	p, err := sealRing(repo, root, 1, &ring)
+	p, err := sealRing(repo, u.root, u.generation, u.ring)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.Put(ctx, ringName(repo, 1), p); err != nil {
+	if err := s.Put(ctx, ringName(repo, u.number), p); err != nil {
 		return nil, err
 	}
 	clear, err := json.Marshal(config{tree.ChunkSize, tree.Fanout, seal.Hex(sign.Public().(ed25519.PublicKey)), []string{}, time.Now().UTC()})
@@ -88,12 +87,6 @@ func initialize(ctx context.Context, s blob.Store, passphrase []byte, o Options,
 	return Open(ctx, s, passphrase, o)
 }
 
-func randomKey() *seal.Key {
-	var k seal.Key
-	rand.Read(k[:])
-	return &k
-}
-
 // RandomID gives 32 random lower-case hex digits.
 func RandomID() string {
 	var b [16]byte
@@ -103,21 +96,11 @@ func RandomID() string {
 
 // putSealed stores an unsigned document with a clear part as JSON.
 func putSealed(ctx context.Context, s blob.Store, name string, h seal.Header, clear any, content []byte, key *seal.Key, purpose string) error {
-	p, err := sealed(h, clear, content, key, purpose)
+	p, err := seal.MarshalUnsigned(h, clear, content, key, purpose)
 	if err != nil {
 		return err
 	}
 	return s.Put(ctx, name, p)
-}
-
-// sealed gives an unsigned document with a clear part as JSON.
-func sealed(h seal.Header, clear any, content []byte, key *seal.Key, purpose string) ([]byte, error) {
-	c, err := json.Marshal(clear)
-	if err != nil {
-		return nil, err
-	}
-	d := seal.Document{Header: h, Clear: c, Sealed: content}
-	return d.Marshal(key, purpose, nil)
 }
 
 // Open opens the repository on a store. It fails with ErrNotRepository,
@@ -137,17 +120,18 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 		return nil, fmt.Errorf("config: %w", err)
 	}
 	tiers := blob.NewTiers(s, packsPrefix, tierName)
-	r := &Repo{store: tiers, tiers: tiers, openTier: o.OpenTier, id: id, pub: ed25519.PublicKey(c.VerifyKey), secret: bytes.Clone(passphrase), slotKDF: seal.DefaultKDF()}
+	r := &Repo{store: tiers, tiers: tiers, openTier: o.OpenTier, id: id, pub: ed25519.PublicKey(c.VerifyKey), slotKDF: seal.DefaultKDF()}
 	if o.Compression == Small {
 		r.compressor = codec.Small
 	}
 	r.cache = filepath.Join(o.Cache, r.ID())
 	r.locks, r.now = locksIn(r.cache), time.Now
-	u, err := unlock(ctx, s, id, passphrase, o.Key, r.usedSlot(), nil)
+	r.keys = &Keys{Store: tiers, Repo: id, Secret: bytes.Clone(passphrase)}
+	u, err := unlock(ctx, s, id, means{passphrase: passphrase, key: o.Key, first: r.usedSlot()})
 	if err != nil {
 		return nil, err
 	}
-	r.ring.now.Store(u)
+	r.keys.Set(u)
 	r.sign = ed25519.NewKeyFromSeed(u.ring.Sign)
 	if !r.pub.Equal(r.sign.Public()) {
 		return nil, fmt.Errorf("config: %w: its verify key is not this repository's", ErrDamaged)
@@ -155,9 +139,10 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.deriveIDs()
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
-	r.config, r.created = sha256.Sum256(p), c.Created
-	r.state = r.genesis()
-	if err := r.load(ctx); errors.Is(err, ErrRolledBack) {
+	r.chain = &chain.Chain{Store: tiers, Repo: id, Verify: r.pub, Config: sha256.Sum256(p), Made: c.Created,
+		Master: r.master, Newest: r.keys.Newest, Sign: r.sign, Memory: filepath.Join(r.cache, "head")}
+	r.state = r.chain.Genesis()
+	if r.state, err = r.chain.Read(ctx); errors.Is(err, ErrRolledBack) {
 		return nil, r.behind(ctx, err)
 	} else if err != nil {
 		return nil, err
@@ -165,7 +150,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	if err := r.settle(ctx); err != nil {
 		return nil, err
 	}
-	if r.state.keyring > u.number {
+	if r.state.Keyring > u.number {
 		if err := r.learn(ctx); err != nil {
 			return nil, err
 		}
@@ -182,9 +167,75 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	return r, nil
 }
 
+// master is the master key of that number. For one that is not known it looks
+// whether the keys were changed.
+func (r *Repo) master(ctx context.Context, n uint32) (*seal.Key, error) {
+	k, err := r.keys.Master(n)
+	if err == nil || n == 0 {
+		return k, err
+	}
+	if err := r.learn(ctx); err != nil {
+		return nil, err
+	}
+	return r.keys.Master(n)
+}
+
+// learn takes in changes of the keys.
+func (r *Repo) learn(ctx context.Context) error { return r.keys.Learn(ctx, r.current().Removed) }
+
+// usedSlot is the slot that opened the repository on this machine last. That it
+// cannot be told costs time only.
+func (r *Repo) usedSlot() string {
+	p, _ := os.ReadFile(filepath.Join(r.cache, "slot"))
+	return string(p)
+}
+
+func (r *Repo) useSlot(id string) {
+	if id == "" || id == r.usedSlot() || os.MkdirAll(r.cache, 0o700) != nil {
+		return
+	}
+	_ = os.WriteFile(filepath.Join(r.cache, "slot"), []byte(id), 0o600)
+}
+
+// stillOpens looks, when the chain is known, whether what opened the repository
+// is over: a lock may keep slots that were removed, and slots and keyrings of a
+// root key that was replaced.
+func (r *Repo) stillOpens(ctx context.Context) error {
+	s := r.current()
+	if u := r.keys.Now(); s.Removed[u.slot] {
+		docs, err := readSlots(ctx, r.store, r.id)
+		if err != nil {
+			return err
+		}
+		if r.remaining(docs, u, "") > 0 { // with nothing else left it is better than none
+			again, err := unlock(ctx, r.store, r.id, means{passphrase: r.keys.Secret, removed: s.Removed})
+			if err != nil {
+				return fmt.Errorf("key %s was removed: %w", u.slot, err)
+			}
+			r.keys.Set(again) // another slot for the same passphrase
+		}
+	}
+	u := r.keys.Now()
+	if s.Keyring > u.number {
+		name := ringName(r.id, s.Keyring)
+		p, err := r.store.Get(ctx, name, 0, -1)
+		if err == nil {
+			err = Check(name, p, r.id)
+		}
+		switch {
+		case err == nil && Generation(name, p) > u.generation:
+			return ErrKeys
+		case err != nil && !errors.Is(err, blob.ErrNotExist) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion):
+			return err
+		}
+	}
+	r.useSlot(u.slot)
+	return nil
+}
+
 // openIndex opens the cache as far as it fits s.
-func (r *Repo) openIndex(s *state) (*index.Index, error) {
-	return index.Open(filepath.Join(r.cache, "index"), func(d [32]byte) bool { return s.indexes[d] })
+func (r *Repo) openIndex(s *chain.State) (*index.Index, error) {
+	return index.Open(filepath.Join(r.cache, "index"), func(d [32]byte) bool { return s.Indexes[d] })
 }
 
 func parseConfig(p []byte) (c config, id [16]byte, err error) {
@@ -213,25 +264,9 @@ func getDocument(ctx context.Context, s blob.Store, name, magic string, id [16]b
 	if err != nil {
 		return nil, err
 	}
-	raw, err := seal.Parse(p, magic)
+	raw, err := seal.ParseOf(p, magic, id)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	if raw.Header.Repo != id {
-		return nil, fmt.Errorf("%s: %w", name, seal.ErrForeign)
-	}
 	return raw, nil
-}
-
-// listNames gives the names under a prefix, sorted.
-func listNames(ctx context.Context, s blob.Store, prefix string) ([]string, error) {
-	var names []string
-	for i, err := range s.List(ctx, prefix) {
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, i.Name)
-	}
-	slices.Sort(names)
-	return names, nil
 }

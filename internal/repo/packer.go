@@ -122,7 +122,7 @@ func (r *Repo) putPack(ctx context.Context, kind uint16, items []packItem, arena
 		plain[i] = it.Item
 		plain[i].Data = arena[it.off : it.off+it.len]
 	}
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	buf := arenas.Get().(*[]byte)
 	p, entries := pack.Build(*buf, seal.NewHeader(seal.Pack, kind, number, r.id), master, plain)
 	k := index.Pack{Name: sha256.Sum256(p), Size: int64(len(p)), Kind: kind, Made: time.Now().Unix(), Items: make([]index.Item, len(entries))}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/seal"
@@ -23,7 +22,7 @@ func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
 		return err
 	}
 	name := pinName(session, id)
-	_, there := r.current().points[id]
+	_, there := r.current().Points[id]
 	if !there {
 		if _, err := r.store.Get(ctx, name, 0, 0); err == nil {
 			return nil // pinned before; since the point was forgotten after that, its data is kept
@@ -40,7 +39,7 @@ func (r *Repo) Pin(ctx context.Context, session string, id PointID) error {
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if _, ok := r.current().points[id]; !ok {
+	if _, ok := r.current().Points[id]; !ok {
 		return errors.Join(fmt.Errorf("pin %s: %w", id, ErrNotExist), r.store.Delete(ctx, name))
 	}
 	return nil
@@ -54,13 +53,13 @@ func (r *Repo) putPin(ctx context.Context, session string, id PointID) error {
 	if err != nil {
 		return err
 	}
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	return putSealed(ctx, r.store, pinName(session, id), seal.NewHeader(seal.Pin, 0, number, r.id), struct{}{}, p, master, "pin")
 }
 
 // Unpin removes a session's pins. None is no error.
 func (r *Repo) Unpin(ctx context.Context, session string) error {
-	names, err := listNames(ctx, r.store, "pins/"+session+".")
+	names, err := blob.Names(ctx, r.store, "pins/"+session+".")
 	for _, name := range names {
 		if delErr := r.store.Delete(ctx, name); !errors.Is(delErr, blob.ErrNotExist) {
 			err = errors.Join(err, delErr)
@@ -71,13 +70,13 @@ func (r *Repo) Unpin(ctx context.Context, session string) error {
 
 // Pins gives the sessions that pin a point, by point.
 func (r *Repo) Pins(ctx context.Context) (map[PointID][]string, error) {
-	names, err := listNames(ctx, r.store, "pins/")
+	names, err := blob.Names(ctx, r.store, "pins/")
 	if err != nil {
 		return nil, err
 	}
 	pins := map[PointID][]string{}
 	for _, name := range names {
-		session, point, ok := strings.Cut(strings.TrimPrefix(name, "pins/"), ".")
+		session, point, ok := splitName(name)
 		if !ok {
 			return nil, fmt.Errorf("%s: %w: not a pin's name", name, ErrDamaged)
 		}

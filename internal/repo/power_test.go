@@ -197,9 +197,9 @@ func TestCheckPowerLoss(t *testing.T) {
 	content := random(1, 6)
 	r := create(t, made)
 	whole := mustSave(t, r, "b", random(2, 6))
-	sound, _ := listNames(ctx, made, "")
+	sound, _ := blob.Names(ctx, made, "")
 	p := mustSave(t, r, "a", content)
-	names, _ := listNames(ctx, made, "")
+	names, _ := blob.Names(ctx, made, "")
 	for _, name := range names {
 		if strings.HasPrefix(name, "packs/") && !slices.Contains(sound, name) {
 			made.Damage(name, func(b []byte) []byte { return b[:len(b)/2] })
@@ -207,7 +207,7 @@ func TestCheckPowerLoss(t *testing.T) {
 	}
 	for _, lost := range []string{"packs", "packs and an index object"} {
 		if lost != "packs" { // it is made again from what is left
-			indexes, _ := listNames(ctx, made, "index/")
+			indexes, _ := blob.Names(ctx, made, "index/")
 			for _, name := range indexes {
 				made.Delete(ctx, name)
 			}

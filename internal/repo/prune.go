@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -41,6 +42,7 @@ type PruneOptions struct {
 	Report func(step string, done, total int64)
 
 	checkpointEvery uint64 // for tests; 0 is checkpointEvery
+	mergeLeast      int    // for tests; 0 is mergeLeast
 }
 
 // PruneReport is what Prune did or, in a dry run, would do. Bytes are stored bytes.
@@ -71,6 +73,8 @@ type PruneReport struct {
 	WaitsFor     []Lease  `json:"waits_for"`
 	Revoked      []string `json:"revoked"` // leases found dead
 
+	// Merged are index objects that were small, and are in few large ones now.
+	Merged int `json:"merged_indexes,omitempty"`
 	// Checkpoint is the number of the entry with the whole state, if one was
 	// written, RemovedEntries how many need not be read any more and were
 	// deleted.
@@ -161,15 +165,15 @@ func (p *pruner) start(ctx context.Context) error {
 		p.m.there[name] = i.Size
 	}
 	var err error
-	if p.indexes, err = listNames(ctx, p.r.store, "index/"); err != nil {
+	if p.indexes, err = blob.Names(ctx, p.r.store, "index/"); err != nil {
 		return fmt.Errorf("list index objects: %w", err)
 	}
-	p.o.Report("mark", 0, int64(len(p.m.old.points)))
+	p.o.Report("mark", 0, int64(len(p.m.old.Points)))
 	if err := p.m.catchUp(ctx); err != nil {
 		return err
 	}
-	for d := range p.m.old.indexes {
-		if _, there := slices.BinarySearch(p.indexes, indexName(d)); p.m.state.indexes[d] && !there {
+	for d := range p.m.old.Indexes {
+		if _, there := slices.BinarySearch(p.indexes, indexName(d)); p.m.state.Indexes[d] && !there {
 			return refuse("the store does not list %s, which is there: its listing cannot be relied on", indexName(d))
 		}
 	}
@@ -189,7 +193,7 @@ func (p *pruner) finish() {
 	if p.m == nil || p.m.state == nil {
 		return
 	}
-	p.report.Points, p.report.Pinned = len(p.m.state.points), p.m.pinned
+	p.report.Points, p.report.Pinned = len(p.m.state.Points), p.m.pinned
 	p.countLocked()
 	if len(p.m.lost) > 0 {
 		p.report.Lost = p.m.missing()
@@ -233,6 +237,9 @@ func (p *pruner) prune(ctx context.Context) error {
 	if err := p.tidy(ctx); err != nil {
 		return err
 	}
+	if err := p.merge(ctx); err != nil {
+		return err
+	}
 	return p.checkpoint(ctx)
 }
 
@@ -257,7 +264,7 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 	p.count(dead, left)
 	for _, name := range sparse {
 		k := p.m.packs[name]
-		if s.quarantine[name] != 0 {
+		if s.Quarantine[name] != 0 {
 			continue
 		}
 		p.report.Rewritten++
@@ -277,10 +284,11 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 		for _, name := range wait {
 			p.report.WaitingBytes += p.size(name)
 		}
-		p.waitsFor(s.head + 1)
+		p.waitsFor(s.Head + 1)
 	}
-	if s.head-s.checkpoint >= p.every() {
-		p.report.Checkpoint = s.head + 1
+	p.report.Merged = len(p.small())
+	if s.Head-s.Checkpoint >= p.every() {
+		p.report.Checkpoint = s.Head + 1
 	}
 	p.finish()
 	return &p.report, nil
@@ -314,7 +322,7 @@ func (p *pruner) sparse() [][32]byte {
 		return !k.stuck && k.needed() && k.liveBytes*100 < k.itemBytes()*rewriteBelow
 	})
 	for name, k := range p.m.packs {
-		if p.m.state.quarantine[name] != 0 && !k.stuck && k.needed() {
+		if p.m.state.Quarantine[name] != 0 && !k.stuck && k.needed() {
 			packs = append(packs, name)
 		}
 	}
@@ -325,14 +333,14 @@ func (p *pruner) sparse() [][32]byte {
 // the order in which they were added.
 func (p *pruner) choose(want func(*packMark) bool) (packs [][32]byte) {
 	for name, k := range p.m.packs {
-		if p.m.state.quarantine[name] == 0 && !p.m.shielded(k) && want(k) {
+		if p.m.state.Quarantine[name] == 0 && !p.m.shielded(k.added) && want(k) {
 			packs = append(packs, name)
 		}
 	}
 	slices.SortFunc(packs, func(a, b [32]byte) int {
 		ka, kb := p.m.packs[a], p.m.packs[b]
-		if ka.added.entry != kb.added.entry {
-			return int(int64(ka.added.entry) - int64(kb.added.entry))
+		if ka.added.Entry != kb.added.Entry {
+			return int(int64(ka.added.Entry) - int64(kb.added.Entry))
 		}
 		return bytes.Compare(a[:], b[:])
 	})
@@ -348,7 +356,7 @@ func (p *pruner) leftover(ctx context.Context) ([][32]byte, error) {
 	var left [][32]byte
 	var size int64
 	for name, n := range p.m.there {
-		if p.m.packs[name] != nil || p.m.state.quarantine[name] != 0 {
+		if p.m.packs[name] != nil || p.m.state.Quarantine[name] != 0 {
 			continue
 		}
 		h, err := p.header(ctx, packName(name), seal.Pack)
@@ -427,12 +435,12 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 			all, left = all[:quarantineMax], nil
 			packs = all
 		}
-		e := entrySealed{Packs: make([]string, len(all))}
+		e := chain.Sealed{Packs: make([]string, len(all))}
 		for i, name := range all {
 			e.Packs[i] = hex.EncodeToString(name[:])
 		}
 		p.run.announcing.Lock()
-		err = p.r.append(ctx, kindQuarantine, p.run.entry(), e, p.unmoved)
+		err = p.r.append(ctx, chain.Quarantine, p.run.entry(), e, p.unmoved)
 		if err == nil {
 			p.run.settle()
 		}
@@ -448,11 +456,11 @@ func (p *pruner) quarantine(ctx context.Context, dead func() [][32]byte, leftove
 }
 
 // unmoved allows an entry only right behind the state that was looked at.
-func (p *pruner) unmoved(s *state) error {
+func (p *pruner) unmoved(s *chain.State) error {
 	if err := p.run.mayAnnounce(s); err != nil {
 		return err
 	}
-	if s.head != p.m.state.head {
+	if s.Head != p.m.state.Head {
 		return errMoved
 	}
 	return nil

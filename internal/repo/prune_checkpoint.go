@@ -5,9 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -23,7 +23,7 @@ func (p *pruner) checkpoint(ctx context.Context) error {
 		if err := p.m.catchUp(ctx); err != nil {
 			return err
 		}
-		if p.m.state.head-p.m.state.checkpoint < p.every() {
+		if p.m.state.Head-p.m.state.Checkpoint < p.every() {
 			break
 		}
 		err := p.writeCheckpoint(ctx)
@@ -36,7 +36,7 @@ func (p *pruner) checkpoint(ctx context.Context) error {
 			return fmt.Errorf("checkpoint: %w", err)
 		}
 		written = true
-		p.report.Checkpoint = p.r.current().checkpoint
+		p.report.Checkpoint = p.r.current().Checkpoint
 		break
 	}
 	if err := p.dropEntries(ctx, written); err != nil {
@@ -59,68 +59,34 @@ func (p *pruner) writeCheckpoint(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	adds := a.adds()
-	content, err := a.content()
+	clear, content, err := a.Encode()
 	if err != nil {
 		return err
 	}
-	if len(content) > seal.MaxContent {
-		return seal.ErrTooLarge
-	}
-	back := newState([32]byte{})
-	if err := back.read(adds, content); err != nil {
-		return err
-	}
-	back.checkpoint, back.older = a.checkpoint, a.older
-	if what, err := back.differs(a); err != nil || what != "" {
-		return errors.Join(err, fmt.Errorf("its %s would be lost; this is a defect of this program, and nothing was written", what))
-	}
-	c := entryClear{Adds: adds, Tiers: len(a.tiers)}
-	if a.locks.Mode != "" {
-		c.Locks = &a.locks.Immutability
-	}
-	return p.r.appendContent(ctx, kindCheckpoint, c, content, nil, p.unmoved)
+	return p.r.appendContent(ctx, chain.Checkpoint, clear, content, nil, p.unmoved)
 }
 
 // abridged is the state that was marked, without what can matter to nobody any
-// more (docs/format.md §6.4).
-func (p *pruner) abridged(ctx context.Context) (*state, error) {
-	names, err := listNames(ctx, p.r.store, "leases/")
+// more.
+func (p *pruner) abridged(ctx context.Context) (*chain.State, error) {
+	names, err := blob.Names(ctx, p.r.store, "leases/")
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
 	}
 	left := map[string]bool{}
 	for _, name := range names {
-		session, _, _ := strings.Cut(strings.TrimPrefix(name, "leases/"), ".")
+		session, _, _ := splitName(name)
 		left[session] = true
 	}
-	a := p.m.state.clone()
-	for lease, k := range p.m.state.over {
-		if k == kindCommit && !left[lease] {
-			delete(a.over, lease)
-		}
-	}
-	there := func(name [32]byte) bool {
-		_, listed := p.m.there[name]
-		return listed || p.m.packs[name] != nil
-	}
-	h := horizon(p.m.after)
-	for name, entry := range p.m.state.quarantine {
-		if !there(name) && entry <= h {
-			delete(a.quarantine, name)
-		}
-	}
-	for key := range p.m.state.bad {
-		if !there(key.pack) {
-			delete(a.bad, key)
-		}
-	}
-	for id := range p.m.state.forgotten {
-		if p.m.pins[id] == "" {
-			a.forgotten[id] = nil
-		}
-	}
-	return a, nil
+	return p.m.state.Abridged(chain.Needless{
+		Lease: func(session string) bool { return !left[session] },
+		Pack: func(name [32]byte) bool {
+			_, listed := p.m.there[name]
+			return !listed && p.m.packs[name] == nil
+		},
+		Horizon: horizon(p.m.after),
+		Point:   func(id PointID) bool { return p.m.pins[id] == "" },
+	}), nil
 }
 
 // dropEntries deletes the entries before the chain's start, when the rest, as
@@ -129,11 +95,11 @@ func (p *pruner) abridged(ctx context.Context) (*state, error) {
 func (p *pruner) dropEntries(ctx context.Context, written bool) error {
 	for {
 		s := p.r.current()
-		numbers, err := entryNumbers(ctx, p.r.store)
+		numbers, err := chain.Numbers(ctx, p.r.store)
 		if err != nil {
 			return err
 		}
-		from, _ := slices.BinarySearch(numbers, s.older)
+		from, _ := slices.BinarySearch(numbers, s.Older)
 		if from == 0 && !written {
 			return nil
 		}
@@ -150,44 +116,18 @@ func (p *pruner) dropEntries(ctx context.Context, written bool) error {
 // proveChain reads the entries from the chain's start on from the store, and
 // compares the state that they give with s. It fails with errMoved when
 // another prune has made the chain begin elsewhere since.
-func (r *Repo) proveChain(ctx context.Context, s *state, numbers []uint64) error {
-	err := r.prove(ctx, s, numbers)
+func (r *Repo) proveChain(ctx context.Context, s *chain.State, numbers []uint64) error {
+	err := r.chain.Prove(ctx, s, numbers)
 	if err == nil {
 		return nil
 	}
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if r.current().checkpoint != s.checkpoint {
+	if r.current().Checkpoint != s.Checkpoint {
 		return errMoved
 	}
 	return fmt.Errorf("%w; no entry was deleted; run check", err)
-}
-
-func (r *Repo) prove(ctx context.Context, s *state, numbers []uint64) error {
-	start := s.older
-	if start == 0 { // a first checkpoint: what is before it says nothing about it
-		start = s.checkpoint
-	}
-	from, there := slices.BinarySearch(numbers, start)
-	if !there {
-		return fmt.Errorf("%w: entry %d, where the chain begins, is not there", ErrDamaged, start)
-	}
-	numbers = slices.DeleteFunc(slices.Clone(numbers[from:]), func(n uint64) bool { return n > s.head })
-	back := r.genesis()
-	back.head, back.unknown = start-1, true
-	back.proving = true
-	if _, err := r.follow(ctx, back, numbers, nil); err != nil {
-		return err
-	}
-	if gaps := slices.Concat(back.healed, back.gaps); len(gaps) > 0 {
-		return fmt.Errorf("what was read back from the store is not what is known: %s", gaps[0])
-	}
-	what, err := back.differs(s)
-	if err == nil && (what != "" || back.head != s.head || back.digest != s.digest) {
-		err = fmt.Errorf("%w: the chain as read back from the store does not say what is known (%s)", ErrDamaged, what)
-	}
-	return err
 }
 
 // deleteEntries deletes entries in ascending order, one after the other: who
@@ -195,7 +135,7 @@ func (r *Repo) prove(ctx context.Context, s *state, numbers []uint64) error {
 // prune.
 func (p *pruner) deleteEntries(ctx context.Context, numbers []uint64) error {
 	for i, n := range numbers {
-		err := p.r.store.Delete(ctx, entryName(n))
+		err := p.r.store.Delete(ctx, chain.Name(n))
 		switch {
 		case errors.Is(err, blob.ErrLocked):
 			return nil

@@ -72,7 +72,7 @@ func (w *crashWorld) proves(t *testing.T, what string, store *blob.Mem, committe
 			t.Fatalf("%s: point %s is gone", what, id)
 		}
 	}
-	pinned := r.current().forgotten[w.pinned]
+	pinned := r.current().Forgotten[w.pinned]
 	if err := differs(r, pinned, w.contents[w.pinned]); err != nil {
 		t.Fatalf("%s: pinned: %v", what, err)
 	}
@@ -411,7 +411,7 @@ func TestPruneHistory(t *testing.T) {
 	if n, _ := stored(t, store, "packs/"); n != len(packNames(r)) {
 		t.Errorf("%d packs, %d in the inventory", n, len(packNames(r)))
 	}
-	t.Logf("%d points, %d crashes, chain of %d", len(model), lost, r.current().head)
+	t.Logf("%d points, %d crashes, chain of %d", len(model), lost, r.current().Head)
 }
 
 // Writers, prunes, a forgetter, a reader and checks, all at once.
@@ -500,7 +500,7 @@ func TestPruneParallel(t *testing.T) {
 			equal(t, r, &p, contents[p.ID])
 		}
 		for id := range pins {
-			p := r.current().forgotten[id]
+			p := r.current().Forgotten[id]
 			equal(t, r, p, contents[id])
 		}
 		clean(t, r, true)
@@ -520,7 +520,7 @@ func readKnown(t *testing.T, r *Repo, known func(PointID) []byte) error {
 		}
 		if err := differs(r, &p, content); err != nil {
 			r.refresh(ctx)
-			if _, gone := r.current().forgotten[p.ID]; !gone {
+			if _, gone := r.current().Forgotten[p.ID]; !gone {
 				return err
 			}
 		}

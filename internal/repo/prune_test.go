@@ -12,12 +12,13 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
 
-// unwatched prunes without waiting for anyone.
-var unwatched = PruneOptions{Watch: -1}
+// unwatched prunes without waiting for anyone, and merges index objects early.
+var unwatched = PruneOptions{Watch: -1, mergeLeast: 3}
 
 func prune(t *testing.T, r *Repo, o PruneOptions) *PruneReport {
 	t.Helper()
@@ -103,15 +104,15 @@ func TestPrune(t *testing.T) {
 		equal(t, r, stays, random(3, 20))
 		clean(t, r, true)
 	}
-	head := r.current().head
+	head := r.current().Head
 	again := prune(t, r, unwatched)
-	if again.Removed+again.Quarantined+again.Rewritten > 0 || r.current().head != head {
+	if again.Removed+again.Quarantined+again.Rewritten > 0 || r.current().Head != head {
 		t.Errorf("second prune: %+v", again)
 	}
 	if n, _ := stored(t, store, "leases/"); n > 0 {
 		t.Error("leases are left")
 	}
-	if live, n := len(r.current().indexes), 0; true {
+	if live, n := len(r.current().Indexes), 0; true {
 		if n, _ = stored(t, store, "index/"); n != live {
 			t.Errorf("%d index objects, %d live", n, live)
 		}
@@ -283,7 +284,7 @@ func TestPruneWatch(t *testing.T) {
 		if step != "watch" {
 			return
 		}
-		number, master := r.ring.Newest()
+		number, master := r.keys.Newest()
 		err := putSealed(ctx, store, alive.beatName(1), seal.NewHeader(seal.Beat, 0, number, r.id), map[string]int{"beat": 1}, []byte("{}"), master, "lease")
 		if err != nil {
 			t.Error(err)
@@ -320,7 +321,7 @@ func TestPruneWatch(t *testing.T) {
 // packNames lists the packs of the inventory.
 func packNames(r *Repo) map[[32]byte]bool {
 	names := map[[32]byte]bool{}
-	for d := range r.current().indexes {
+	for d := range r.current().Indexes {
 		packs, err := r.readIndex(ctx, d)
 		if err != nil {
 			panic(err)
@@ -355,7 +356,7 @@ func TestPrunePinned(t *testing.T) {
 		t.Fatalf("a second pin: %v", err)
 	}
 	damaged := store.Clone()
-	names, _ := listNames(ctx, damaged, "pins/")
+	names, _ := blob.Names(ctx, damaged, "pins/")
 	damaged.Damage(names[0], func(p []byte) []byte { p[len(p)-1] ^= 1; return p })
 	if _, err := reopen(t, damaged).Prune(ctx, unwatched); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "unpin "+session) {
 		t.Fatalf("unreadable pin: %v", err)
@@ -387,8 +388,8 @@ func TestKeep(t *testing.T) {
 	if points, _ := reopen(t, store).Points(ctx); !points[0].Keep.Holds(now) || points[0].Keep.Holds(now.Add(2*time.Hour)) {
 		t.Fatalf("%+v", points)
 	}
-	head := r.current().head
-	if err := r.Keep(ctx, []PointID{p.ID}, points(t, r)[0].Keep); err != nil || r.current().head != head {
+	head := r.current().Head
+	if err := r.Keep(ctx, []PointID{p.ID}, points(t, r)[0].Keep); err != nil || r.current().Head != head {
 		t.Fatalf("the same mark once more: %v", err)
 	}
 	if err := r.Keep(ctx, []PointID{p.ID}, ""); err != nil {
@@ -451,7 +452,7 @@ func TestPruneRefuses(t *testing.T) {
 		"no lease listed": func(s *blob.Mem) blob.Store {
 			return partial{s, func(name string) bool { return strings.HasPrefix(name, "leases/") }}
 		},
-		"entry missing": func(s *blob.Mem) blob.Store { s.Delete(ctx, entryName(2)); return s },
+		"entry missing": func(s *blob.Mem) blob.Store { s.Delete(ctx, chain.Name(2)); return s },
 		"map missing":   func(s *blob.Mem) blob.Store { s.Delete(ctx, node); return s },
 		"map damaged": func(s *blob.Mem) blob.Store {
 			s.Damage(node, func(p []byte) []byte {
@@ -549,7 +550,7 @@ func TestPruneLeftovers(t *testing.T) {
 	if report.Leftover == 0 || report.Removed != report.Leftover || len(report.Notes) == 0 {
 		t.Fatalf("%+v", report)
 	}
-	left, _ := listNames(ctx, store, "packs/")
+	left, _ := blob.Names(ctx, store, "packs/")
 	if !slices.Equal(left, []string{foreign}) {
 		t.Fatalf("left: %v", left)
 	}

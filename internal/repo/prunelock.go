@@ -19,7 +19,7 @@ import (
 // deleted.
 func (p *pruner) unlocked(ctx context.Context, packs [][32]byte) ([][32]byte, error) {
 	locker, ok := blob.As[blob.Locker](p.r.store)
-	if !ok || p.r.current().locks.Mode == "" || len(packs) == 0 {
+	if !ok || p.r.current().Locks.Mode == "" || len(packs) == 0 {
 		return packs, nil
 	}
 	ends := make([]time.Time, len(packs))
@@ -105,7 +105,7 @@ func (r *Repo) lockKept(ctx context.Context, ids []PointID) error {
 // the place of what is locked.
 func (p *pruner) lockOwn(ctx context.Context) error {
 	s := p.r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return nil
 	}
 	p.run.announcing.Lock()
@@ -119,18 +119,24 @@ func (p *pruner) lockOwn(ctx context.Context) error {
 	for _, i := range p.run.shelf {
 		names = append(names, indexName(i.digest))
 	}
-	return p.r.lock(ctx, names, s.locks.want(p.r.now()))
+	return p.r.lock(ctx, names, wantedLock(s.Locks.Immutability, p.r.now()))
 }
 
-// lockIndexes locks index objects that are about to replace others.
-func (p *pruner) lockIndexes(ctx context.Context, digests []seal.Hex) error {
+// lockIndexes locks index objects that are about to replace old ones, as the rule
+// wants it, and as long as any of these is: points that are marked to stay may
+// need that.
+func (p *pruner) lockIndexes(ctx context.Context, digests []seal.Hex, old [][32]byte) error {
 	s := p.r.current()
-	if s.locks.Days == 0 {
+	if s.Locks.Days == 0 {
 		return nil
+	}
+	want := wantedLock(s.Locks.Immutability, p.r.now())
+	for _, d := range old {
+		want.Until = later(want.Until, p.r.locks.get(indexName(d)).Until.Add(-time.Second))
 	}
 	var names []string
 	for _, d := range digests {
 		names = append(names, indexName([32]byte(d)))
 	}
-	return p.r.lock(ctx, names, s.locks.want(p.r.now()))
+	return p.r.lock(ctx, names, want)
 }

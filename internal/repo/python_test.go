@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 )
 
@@ -129,8 +130,8 @@ func TestIndependentReader(t *testing.T) {
 	clear(disks["wide"][18<<20-ChunkSize : 18<<20])
 	commit("web", a, map[string][]int{"noise": {2}, "text": {1, 2}, "wide": {18<<4 - 1}})
 	gone := commit("old", nil, nil)
-	forget := entrySealed{Points: []PointID{gone.ID}}
-	if err := r.append(ctx, kindForget, entryClear{}, forget, func(*state) error { return nil }); err != nil {
+	forget := chain.Sealed{Points: []PointID{gone.ID}}
+	if err := r.append(ctx, chain.Forget, chain.Clear{}, forget, func(*chain.State) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	delete(points, gone.ID)
@@ -145,7 +146,15 @@ func TestIndependentReader(t *testing.T) {
 		}
 		readsAlike(t, dir, points)
 	}
+	for i := range 3 { // small ones, to be merged
+		fillRandom(rng, disks["noise"][i*ChunkSize:(i+1)*ChunkSize])
+		commit("web", nil, nil)
+	}
 	all("sound", nil)
+	if report := prune(t, r, unwatched); report.Merged == 0 {
+		t.Errorf("nothing was merged: %+v", report)
+	}
+	all("merged", nil)
 
 	// A damaged copy, known to the chain and stored anew, is read around; so
 	// are lost index objects.

@@ -2,11 +2,9 @@ package repo
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"holdfast/internal/disk"
-	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -81,14 +79,7 @@ func (d *DiskReader) read(ctx context.Context, p []byte, off int64) error {
 	if len(p) <= cachedRead {
 		return d.readCached(ctx, p, off, first, ids)
 	}
-	for len(ids) > 0 {
-		n, err := d.readRun(ctx, p, off, first, ids)
-		if err != nil {
-			return err
-		}
-		first, ids = first+int64(n), ids[n:]
-	}
-	return nil
+	return d.readMany(ctx, p, off, first, ids)
 }
 
 // part gives the piece of p, which lies at off, that chunk i fills, and where
@@ -106,15 +97,40 @@ func (d *DiskReader) readCached(ctx context.Context, p []byte, off, first int64,
 			clear(piece)
 			continue
 		}
-		chunk, err := d.r.chunks.get(ctx, id, func() ([]byte, error) {
-			return d.chunk(ctx, make([]byte, 0, ChunkSize), id)
+		err := d.r.chunks.read(ctx, id, piece, from, func(buf []byte) error {
+			content, err := d.chunk(ctx, buf[:0], id)
+			if err == nil && &content[0] != &buf[0] {
+				copy(buf, content)
+			}
+			return err
 		})
 		if err != nil {
 			return err
 		}
-		copy(piece, chunk[from:])
 	}
 	return nil
+}
+
+// ReadCached fills p with the bytes at off if they, and the map's nodes for them,
+// are in memory.
+func (d *DiskReader) ReadCached(p []byte, off int64) bool {
+	if disk.CheckRange(d.size, off, int64(len(p))) != nil || len(p) > ChunkSize {
+		return false
+	}
+	first, count := chunkRange(off, int64(len(p)))
+	var ids [2]pack.ID
+	if tree.Lookup(context.Background(), d.r.cachedNode, d.root, first, ids[:count]) != nil {
+		return false
+	}
+	for k, id := range ids[:count] {
+		piece, from := part(p, off, first+int64(k))
+		if id == (pack.ID{}) {
+			clear(piece)
+		} else if !d.r.chunks.peek(id, piece, from) {
+			return false
+		}
+	}
+	return true
 }
 
 // chunk reads one whole chunk.
@@ -125,104 +141,6 @@ func (d *DiskReader) chunk(ctx context.Context, dst []byte, id pack.ID) ([]byte,
 		err = fmt.Errorf("%w: chunk %x has %d bytes", ErrDamaged, id[:8], len(dst)-n)
 	}
 	return dst, err
-}
-
-// readRun reads the chunks at the front of ids that are zeros, or that lie one
-// after another in one pack, with one request. It says how many it took.
-func (d *DiskReader) readRun(ctx context.Context, p []byte, off, first int64, ids []pack.ID) (int, error) {
-	if ids[0] == (pack.ID{}) {
-		piece, _ := part(p, off, first)
-		clear(piece)
-		return 1, nil
-	}
-	run, err := d.neighbours(ids)
-	if err != nil {
-		return 0, err
-	}
-	if len(run) == 0 { // no copy that is known to be good
-		return 1, d.readCached(ctx, p, off, first, ids[:1])
-	}
-	stored, err := d.fetchRun(ctx, run)
-	if err != nil && !errors.Is(err, ErrDamaged) {
-		return 0, err
-	}
-	var o *pack.Opener
-	if err == nil {
-		if o, err = d.r.opener(ctx, run[0].Pack); err != nil && !errors.Is(err, ErrDamaged) {
-			return 0, err
-		}
-	}
-	var scratch []byte
-	for k, at := range run {
-		piece, from := part(p, off, first+int64(k))
-		whole := len(piece) == ChunkSize
-		dst := piece[:0]
-		if !whole {
-			if scratch == nil {
-				scratch = make([]byte, 0, ChunkSize)
-			}
-			dst = scratch
-		}
-		content, ok := dst, false
-		if err == nil {
-			var openErr error
-			content, openErr = o.Open(dst, stored[at.Offset-run[0].Offset:][:at.Stored], int(at.Number), ids[k], ChunkSize)
-			ok = openErr == nil && len(content) == ChunkSize
-		}
-		if !ok { // once more on its own, from any copy
-			if content, err = d.chunk(ctx, dst, ids[k]); err != nil {
-				return 0, err
-			}
-			err = errRunBad
-		}
-		if !whole || &content[0] != &piece[0] {
-			copy(piece, content[from:])
-		}
-	}
-	return len(run), nil
-}
-
-// errRunBad sends the rest of a run that could not be read or opened at once
-// through single reads.
-var errRunBad = fmt.Errorf("%w: run of chunks", ErrDamaged)
-
-// neighbours gives the places of the chunks at the front of ids that lie one
-// after another in one pack.
-func (d *DiskReader) neighbours(ids []pack.ID) ([]index.Place, error) {
-	var run []index.Place
-	for _, id := range ids {
-		if id == (pack.ID{}) {
-			break
-		}
-		places, err := d.r.places(id)
-		if err != nil {
-			return nil, err
-		}
-		if len(run) == 0 {
-			if len(places) == 0 {
-				return nil, nil
-			}
-			run = append(run, places[0])
-			continue
-		}
-		last := run[len(run)-1]
-		next := -1
-		for i, p := range places {
-			if p.Pack == last.Pack && p.Number == last.Number+1 && p.Offset == last.Offset+last.Stored {
-				next = i
-			}
-		}
-		if next < 0 {
-			break
-		}
-		run = append(run, places[next])
-	}
-	return run, nil
-}
-
-func (d *DiskReader) fetchRun(ctx context.Context, run []index.Place) ([]byte, error) {
-	last := run[len(run)-1]
-	return d.r.get(ctx, packName(run[0].Pack), int64(run[0].Offset), int64(last.Offset+last.Stored-run[0].Offset))
 }
 
 // Extents covers [off, off+n): zero where the map has nothing.
@@ -244,7 +162,11 @@ func (d *DiskReader) Extents(ctx context.Context, off, n int64) disk.Extents {
 			return (gap.Len == 0 || yield(gap, nil)) && yield(data, nil)
 		}
 		stopped := false
-		err := tree.Present(ctx, d.r.node, d.root, first, first+count, func(from, to int64) bool {
+		fetch := d.r.node
+		if n >= aheadBytes {
+			fetch = d.r.nodeAhead
+		}
+		err := tree.Present(ctx, fetch, d.root, first, first+count, func(from, to int64) bool {
 			a, b := max(off, from*ChunkSize), min(end, to*ChunkSize)
 			if data.Len > 0 && data.End() == a {
 				data.Len += b - a
@@ -293,7 +215,7 @@ func matches(ctx context.Context, r *Repo, fetch tree.Fetch, root tree.Root, siz
 // nothing at once.
 func (d *DiskReader) Missing(ctx context.Context) disk.Extents {
 	return func(yield func(disk.Extent, error) bool) {
-		if s := d.r.current(); len(s.bad) == 0 && len(s.gaps) == 0 && s.mended == 0 {
+		if s := d.r.current(); len(s.Bad) == 0 && len(s.Damage()) == 0 && s.Mended == 0 {
 			return
 		}
 		stopped := false

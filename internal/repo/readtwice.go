@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 )
@@ -82,12 +83,12 @@ type wornPack struct {
 // be so and of which every item lies elsewhere by now: that is mended, and
 // prune will remove what is left.
 func (c *checker) packProblems() {
-	known := c.r.current().bad
+	known := c.r.current().Bad
 	for _, w := range c.worn {
 		mended := true
 		for _, it := range w.items {
 			ok, err := c.readable(it.ID)
-			mended = mended && known[badKey{w.name, it.ID}] && ok && err == nil
+			mended = mended && known[chain.Copy{Pack: w.name, ID: it.ID}] && ok && err == nil
 		}
 		if mended {
 			c.report.Mended++
@@ -110,7 +111,7 @@ func (c *checker) packProblems() {
 // could not be read once may be readable now, and it proves itself.
 func (r *Repo) copies(id pack.ID) ([]index.Place, error) {
 	good, err := r.places(id)
-	if err != nil || len(good) > 0 || len(r.current().bad) == 0 {
+	if err != nil || len(good) > 0 || len(r.current().Bad) == 0 {
 		return good, err
 	}
 	return r.index.Lookup(id, nil)

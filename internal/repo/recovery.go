@@ -1,9 +1,12 @@
 package repo
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"strings"
+
+	"holdfast/internal/repo/internal/seal"
 )
 
 // A recovery key is 256 random bits, for paper: 13 groups of 5 characters of
@@ -122,4 +125,32 @@ func parseRecovery(typed string) ([]byte, error) {
 		return nil, errors.New("its last group is mistyped")
 	}
 	return key[:32], nil
+}
+
+// credential is what somebody typed to open a repository.
+type credential struct {
+	text     []byte
+	recovery []byte // the 32 bytes, when the text is a recovery key
+	mistyped error  // what is wrong with it, when it looks like one
+}
+
+func newCredential(text []byte) *credential {
+	c := &credential{text: text}
+	c.recovery, c.mistyped = parseRecovery(string(text))
+	return c
+}
+
+// secret is what opens a slot of that kind; empty when this is no such thing.
+func (c *credential) secret(kind string) []byte {
+	if kind == seal.KindRecovery {
+		return c.recovery
+	}
+	return c.text
+}
+
+// newRecovery makes a recovery key, and gives it as it is printed.
+func newRecovery() (*credential, string) {
+	var key [32]byte
+	rand.Read(key[:])
+	return &credential{recovery: key[:]}, formatRecovery(key)
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -115,8 +116,8 @@ type refill struct {
 // points goes through the maps of all points.
 func (f *refill) points(ctx context.Context) error {
 	s := f.r.current()
-	for _, id := range s.order {
-		p, ok := s.points[id]
+	for _, id := range s.Order {
+		p, ok := s.Points[id]
 		if !ok {
 			continue
 		}
@@ -431,16 +432,16 @@ func (f *refill) again(ctx context.Context, id pack.ID, content []byte) error {
 
 // give gives up what damaged packs hold and others do as well.
 func (f *refill) give(ctx context.Context, worn []wornPack) error {
-	var items []badItem
-	known := f.r.current().bad
+	var items []chain.BadItem
+	known := f.r.current().Bad
 	for _, w := range worn {
 		for _, it := range w.items {
 			elsewhere, err := f.elsewhere(it.ID, w.name)
 			if err != nil {
 				return err
 			}
-			if elsewhere && !known[badKey{w.name, it.ID}] {
-				items = append(items, badItem{w.name[:], it.ID[:]})
+			if elsewhere && !known[chain.Copy{Pack: w.name, ID: it.ID}] {
+				items = append(items, chain.BadItem{Pack: w.name[:], ID: it.ID[:]})
 			}
 		}
 	}

@@ -13,6 +13,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 )
 
@@ -49,7 +50,7 @@ func TestReadTwice(t *testing.T) {
 	if _, err := save(create(t, mem), "a", content, nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, mem, "packs/")
+	names, _ := blob.Names(ctx, mem, "packs/")
 	for what, c := range map[string]struct {
 		times     int
 		err       error
@@ -86,7 +87,7 @@ func TestReadTwice(t *testing.T) {
 	// A store that answers nothing says nothing about what is in it.
 	faulty := &blobtest.Faulty{Inner: mem.Clone()}
 	r := reopen(t, faulty)
-	before, _ := listNames(ctx, faulty.Inner, "chain/")
+	before, _ := blob.Names(ctx, faulty.Inner, "chain/")
 	for at := 1; at < 40; at++ {
 		f := &blobtest.Faulty{Inner: faulty.Inner, At: at, Cut: true}
 		r.store = f
@@ -94,7 +95,7 @@ func TestReadTwice(t *testing.T) {
 			t.Fatalf("cut at call %d: %+v", at, report)
 		}
 	}
-	if after, _ := listNames(ctx, faulty.Inner, "chain/"); !slices.Equal(before, after) {
+	if after, _ := blob.Names(ctx, faulty.Inner, "chain/"); !slices.Equal(before, after) {
 		t.Errorf("the chain went from %v to %v", before, after)
 	}
 }
@@ -109,7 +110,7 @@ func TestGivenUpTooEarly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, _ := listNames(ctx, mem, "packs/")
+	names, _ := blob.Names(ctx, mem, "packs/")
 	store := &moody{Store: mem, err: errors.New("input/output error")}
 	r := reopen(t, store)
 	store.wrong = map[string]int{}
@@ -144,7 +145,7 @@ func TestPercent(t *testing.T) {
 	for range 10 {
 		add()
 	}
-	packs, _ := listNames(ctx, store, "packs/")
+	packs, _ := blob.Names(ctx, store, "packs/")
 	cache := t.TempDir()
 	seen := map[string]bool{}
 	var unread int
@@ -230,7 +231,7 @@ func TestRepair(t *testing.T) {
 	long(t)
 	rng := rng(t)
 	mem, other, points, contents := twins(t, rng)
-	packs, _ := listNames(ctx, mem, "packs/")
+	packs, _ := blob.Names(ctx, mem, "packs/")
 	from := reopen(t, other)
 	damages := map[string]func(*blob.Mem){
 		"all packs lost": func(s *blob.Mem) {
@@ -285,7 +286,7 @@ func TestRepair(t *testing.T) {
 func TestRepairCut(t *testing.T) {
 	long(t)
 	mem, other, points, contents := twins(t, rng(t))
-	packs, _ := listNames(ctx, mem, "packs/")
+	packs, _ := blob.Names(ctx, mem, "packs/")
 	mem.Delete(ctx, packs[0])
 	mem.Delete(ctx, packs[2])
 	from := reopen(t, other)
@@ -330,7 +331,7 @@ func TestIndexFromPacks(t *testing.T) {
 		}
 	}
 	was := inventory(t, reopen(t, store))
-	names, _ := listNames(ctx, store, "index/")
+	names, _ := blob.Names(ctx, store, "index/")
 	for n := range len(names) + 1 {
 		s := store.Clone()
 		for i, name := range names {
@@ -365,7 +366,7 @@ func TestIndexFromPacks(t *testing.T) {
 func inventory(t *testing.T, r *Repo) map[[32]byte]index.Pack {
 	t.Helper()
 	all := map[[32]byte]index.Pack{}
-	for d := range r.current().indexes {
+	for d := range r.current().Indexes {
 		packs, err := r.readIndex(ctx, d)
 		if err != nil {
 			t.Fatal(err)
@@ -402,7 +403,7 @@ func TestKeyless(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	all, _ := listNames(ctx, store, "")
+	all, _ := blob.Names(ctx, store, "")
 	if report := keyless(store); len(report.Problems) > 0 || report.Entries != 3 || report.ReadPacks != report.Packs || report.Packs == 0 {
 		t.Errorf("sound: %+v", report)
 	}
@@ -412,7 +413,7 @@ func TestKeyless(t *testing.T) {
 		}
 		s := store.Clone()
 		s.Delete(ctx, name)
-		last := name == entryName(3) // the end cut off cannot be seen from the store alone
+		last := name == chain.Name(3) // the end cut off cannot be seen from the store alone
 		if report := keyless(s); (len(report.Problems) > 0) == last {
 			t.Errorf("without %s: %+v", name, report)
 		}
@@ -425,7 +426,7 @@ func TestKeyless(t *testing.T) {
 	if _, err := CheckKeyless(ctx, new(blob.Mem), "", CheckOptions{}); !errors.Is(err, ErrNotRepository) {
 		t.Errorf("no repository: %v", err)
 	}
-	if now, _ := listNames(ctx, store, ""); !slices.Equal(now, all) {
+	if now, _ := blob.Names(ctx, store, ""); !slices.Equal(now, all) {
 		t.Errorf("from %v to %v", all, now)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/zeebo/blake3"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
@@ -21,18 +22,35 @@ import (
 	"holdfast/internal/repo/internal/tree"
 )
 
+// What the chain tells of: internal/chain has the members.
 type (
+	// Point is a restore point: one VM at one time, always complete.
+	Point = chain.Point
 	// PointID and HistoryID are 32 lower-case hex digits, random.
-	PointID   string
-	HistoryID string
+	PointID   = chain.PointID
+	HistoryID = chain.HistoryID
+	Disk      = chain.Disk // of a Point
+	File      = chain.File // a piece of configuration of a Point
 	// Root names a disk's map, in the form of docs/format.md §4.
-	Root string
+	Root = chain.Root
+	// Until says how long a point is marked to stay.
+	Until = chain.Until
+	// Tier is a store beside the repository's own one.
+	Tier = chain.Tier
+	// Immutability is the repository's rule on locks.
+	Immutability = chain.Immutability
+)
+
+const (
+	// Forever is until the mark is taken off.
+	Forever = chain.Forever
+	// MaxImmutableDays bounds Immutability.Days.
+	MaxImmutableDays = chain.MaxImmutableDays
 )
 
 var (
 	ErrNotRepository = errors.New("not a Holdfast repository")
 	ErrExist         = errors.New("there is a repository already")
-	ErrPassphrase    = errors.New("wrong passphrase")
 	// ErrVersion: the repository was written in a format this program does not know.
 	ErrVersion = seal.ErrVersion
 	// ErrDamaged: something stored is missing, shorter, or not what it was.
@@ -44,52 +62,14 @@ var (
 	// not among the new ones.
 	ErrKeys = errors.New("the repository's keys were changed")
 	// ErrRolledBack: the store does not contain what this machine saw in it.
-	ErrRolledBack = errors.New("the repository is older than this machine has seen it")
+	ErrRolledBack = chain.ErrRolledBack
+	// ErrLeftBehind: this process stood still while others went on for so long
+	// that it cannot be told whether what it added counts.
+	ErrLeftBehind = chain.ErrLeftBehind
 )
 
 // ChunkSize is the alignment, in bytes, of writes to a DiskWriter.
 const ChunkSize = tree.ChunkSize
-
-// Point is a restore point: one VM at one time, always complete.
-type Point struct {
-	ID            PointID   `json:"id"`
-	History       HistoryID `json:"history"`
-	VM            string    `json:"vm"`   // name at that time
-	Kind          string    `json:"kind"` // of the hypervisor
-	Host          string    `json:"host"`
-	VMID          string    `json:"vm_id"` // identity on its host
-	Time          time.Time `json:"time"`  // of the snapshot; UTC
-	Consistency   string    `json:"consistency"`
-	Notes         []string  `json:"notes,omitempty"`
-	Session       string    `json:"session"`                  // the run that made it
-	Reference     string    `json:"reference,omitempty"`      // reference point; "" when there is none
-	ReferenceNote string    `json:"reference_note,omitempty"` // why there is none
-	CopiedFrom    string    `json:"copied_from,omitempty"`    // id of the repository that it was copied from; "" for one made here
-	Disks         []Disk    `json:"disks"`
-	Files         []File    `json:"files"`
-	ReadBytes     int64     `json:"read_bytes"`   // read from the host for this point
-	NewBytes      int64     `json:"new_bytes"`    // plain bytes of chunks that were new to the repository; set by Commit
-	StoredBytes   int64     `json:"stored_bytes"` // bytes that the run added to packs; set by Commit
-	Keep          Until     `json:"-"`            // marked to stay; from the chain
-}
-
-// Disk is one disk of a Point.
-type Disk struct {
-	ID         string `json:"id"`
-	Size       int64  `json:"size"`             // bytes
-	Format     string `json:"format"`           // on the host at that time
-	Sector     int64  `json:"sector,omitempty"` // logical, as the guest knew it, bytes; 0 when the host did not say
-	Path       string `json:"path"`
-	Root       Root   `json:"root"`
-	FullReason string `json:"full_reason,omitempty"` // why it was read whole
-}
-
-// File is a piece of configuration of a Point.
-type File struct {
-	Name string `json:"name"`
-	Size int64  `json:"size"` // bytes
-	Root Root   `json:"root"`
-}
 
 // Options of Init and Open.
 type Options struct {
@@ -125,11 +105,10 @@ type Repo struct {
 	id    [16]byte
 	pub   ed25519.PublicKey
 	sign  ed25519.PrivateKey
-	ring  liveRing
+	keys  *Keys
+	chain *chain.Chain
 	cache string // directory of this repository's cache
 
-	config   [32]byte  // SHA-256 of the object of that name
-	created  time.Time // as it says
 	openTier func(ctx context.Context, location string) (blob.Store, error)
 	mirrorOf string // the tier that the own store is; "" when it is the repository's own
 	isMirror error  // why nothing is written then
@@ -138,15 +117,12 @@ type Repo struct {
 
 	chunkIDs, nodeIDs sync.Pool // hash.Hash, keyed
 
-	secret  []byte   // the passphrase, to follow a change of the root key; may be empty
 	slotKDF seal.KDF // of new passphrases
 
-	refreshing sync.Mutex // held while the chain's news is read; before learning and mu
-	learning   sync.Mutex // held while keyrings are read
-	ringNames  []string   // the keyrings that were read last; guarded by learning
+	refreshing sync.Mutex // held while the chain's news is read; before mu
 
 	mu    sync.RWMutex // guards state and what was found about lost index objects
-	state *state
+	state *chain.State
 
 	lostIndexes []string          // what is wrong with which index object
 	found       []index.Pack      // what packs that no index object lists hold; nil before a scan
@@ -157,7 +133,7 @@ type Repo struct {
 	index   *index.Index
 	openers openerCache
 	nodes   lru[pack.ID, *tree.Node]
-	chunks  lru[pack.ID, []byte]
+	chunks  chunkCache
 }
 
 // ID is the repository's id: 32 lower-case hex digits.
@@ -165,7 +141,7 @@ func (r *Repo) ID() string { return hex.EncodeToString(r.id[:]) }
 
 // Key opens the repository in another process: Options.Key. It is as secret as
 // a passphrase, and holds until the root key is changed.
-func (r *Repo) Key() []byte { return bytes.Clone(r.ring.now.Load().root[:]) }
+func (r *Repo) Key() []byte { return bytes.Clone(r.keys.Now().root[:]) }
 
 // Close releases the index cache. No other call may be under way.
 func (r *Repo) Close() error { return r.index.Close() }
@@ -178,10 +154,10 @@ func (r *Repo) Points(ctx context.Context) ([]Point, error) {
 	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	points := make([]Point, 0, len(r.state.points))
-	for _, id := range r.state.order {
-		if p, ok := r.state.points[id]; ok {
-			p.Keep = r.state.keep[id]
+	points := make([]Point, 0, len(r.state.Points))
+	for _, id := range r.state.Order {
+		if p, ok := r.state.Points[id]; ok {
+			p.Keep = r.state.Keep[id]
 			points = append(points, p)
 		}
 	}
@@ -215,7 +191,7 @@ func keyedHash(pool *sync.Pool, p []byte) (id pack.ID) {
 }
 
 func (r *Repo) deriveIDs() {
-	ids := (*seal.Key)(r.ring.now.Load().ring.IDs)
+	ids := (*seal.Key)(r.keys.Now().ring.IDs)
 	keyed := func(purpose string) func() any {
 		key := ids.Derive(nil, purpose)
 		return func() any {

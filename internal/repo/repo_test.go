@@ -19,6 +19,7 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/blob/blobtest"
 	"holdfast/internal/disk"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -165,6 +166,11 @@ func differs(r *Repo, p *Point, content []byte) error {
 		if !bytes.Equal(got[:n], content[off:off+n]) {
 			return fmt.Errorf("%s: read [%d, +%d) differs", p.ID, off, n)
 		}
+		n = min(n, ChunkSize)
+		clear(got[:n])
+		if !d.ReadCached(got[:n], int64(off)) || !bytes.Equal(got[:n], content[off:off+n]) {
+			return fmt.Errorf("%s: cached read [%d, +%d) differs", p.ID, off, n)
+		}
 	}
 	at := int64(0)
 	for e, err := range d.Extents(ctx, 0, d.Size()) {
@@ -181,6 +187,17 @@ func differs(r *Repo, p *Point, content []byte) error {
 	}
 	if at != d.Size() {
 		return fmt.Errorf("extents end at %d of %d", at, d.Size())
+	}
+	fed := disk.NewMem(d.Size())
+	window := int64(1+rng.IntN(8)) * ChunkSize
+	if err := d.Feed(ctx, d.Extents(ctx, 0, d.Size()), window, 3, fed.WriteAt); err != nil {
+		return err
+	}
+	if err := fed.ReadAt(ctx, got, 0); err != nil {
+		return err
+	}
+	if i := firstDifference(got, content); i >= 0 {
+		return fmt.Errorf("%s: fed, byte %d (chunk %d) differs", p.ID, i, i/ChunkSize)
 	}
 	xml, err := r.ReadFile(ctx, p.Files[0])
 	if err != nil || string(xml) != "<domain>"+p.VM+"</domain>" {
@@ -269,7 +286,7 @@ func TestHistory(t *testing.T) {
 		equal(t, r, &points[i], s.content)
 	}
 	clean(t, r, true)
-	names, _ := listNames(ctx, store, "leases/")
+	names, _ := blob.Names(ctx, store, "leases/")
 	if len(names) > 0 {
 		t.Errorf("left behind: %v", names)
 	}
@@ -501,13 +518,13 @@ func TestOpenErrors(t *testing.T) {
 	}
 	change := func(prefix string, f func([]byte) []byte) *blob.Mem {
 		c := store.Clone()
-		names, _ := listNames(ctx, c, prefix)
+		names, _ := blob.Names(ctx, c, prefix)
 		c.Damage(names[0], f)
 		return c
 	}
 	without := func(prefix string) *blob.Mem {
 		c := store.Clone()
-		names, _ := listNames(ctx, c, prefix)
+		names, _ := blob.Names(ctx, c, prefix)
 		c.Delete(ctx, names[0])
 		return c
 	}
@@ -560,7 +577,7 @@ func TestRevoked(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := reopen(t, store)
-	if err := other.append(ctx, kindRevoke, entryClear{Lease: run.lease}, entrySealed{}, func(*state) error { return nil }); err != nil {
+	if err := other.append(ctx, chain.Revoke, chain.Clear{Lease: run.lease}, chain.Sealed{}, func(*chain.State) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := saveIn(run, "a", image(rng(t), 3*ChunkSize), nil, nil); !errors.Is(err, ErrRevoked) {

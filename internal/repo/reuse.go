@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -21,7 +22,7 @@ var errUnverified = errors.New("not verified since copies were taken away")
 // mayCommit refuses once the lease is over, and as long as it is not certain
 // that every item of the point has a copy outside the quarantine, and that all
 // is locked that the rule wants to be.
-func (run *Run) mayCommit(s *state) error {
+func (run *Run) mayCommit(s *chain.State) error {
 	if err := run.rests(s); err != nil {
 		return err
 	}
@@ -33,55 +34,35 @@ func (run *Run) mayCommit(s *state) error {
 // no pack that the run used is in quarantine, and the maps that it built on
 // are those of living points, which no prune touches. Else the point's maps
 // have to be walked.
-func (run *Run) rests(s *state) error {
+func (run *Run) rests(s *chain.State) error {
 	if err := run.mayAnnounce(s); err != nil {
 		return err
 	}
 	run.mu.Lock()
 	defer run.mu.Unlock()
-	if s.mended > max(run.verified, run.began) {
+	if s.Mended > max(run.verified, run.began) {
 		return errUnverified // what was found present may have been lost with an index object
 	}
-	if s.quarantined <= run.verified {
+	if s.Quarantined <= run.verified {
 		return nil
 	}
 	for name := range run.uses {
-		if s.quarantine[name] > run.verified {
+		if s.Quarantine[name] > run.verified {
 			return errUnverified
 		}
 	}
 	for _, root := range run.bases {
-		if !s.hasRoot(root) {
+		if !s.HasRoot(root) {
 			return errUnverified
 		}
 	}
 	return nil
 }
 
-// hasRoot reports whether a living point has that map.
-func (s *state) hasRoot(root Root) bool {
-	if root == "zero" {
-		return true
-	}
-	for _, p := range s.points {
-		for _, d := range p.Disks {
-			if d.Root == root {
-				return true
-			}
-		}
-		for _, f := range p.Files {
-			if f.Root == root {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // appendPoint creates the commit entry.
-func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*state) error) error {
+func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*chain.State) error) error {
 	for {
-		err := run.r.append(ctx, kindCommit, run.entry(), entrySealed{Point: p}, allowed)
+		err := run.r.append(ctx, chain.Commit, run.entry(), chain.Sealed{Point: p}, allowed)
 		switch {
 		case errors.Is(err, errUnverified):
 			err = run.verify(ctx, p)
@@ -100,7 +81,7 @@ func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*state) 
 func (run *Run) verify(ctx context.Context, p *Point) error {
 	s := run.r.current()
 	seen := map[tree.ID]bool{}
-	for _, m := range p.maps() {
+	for _, m := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(m.root), m.size)
 		if err != nil {
 			return err
@@ -129,18 +110,18 @@ func (run *Run) verify(ctx context.Context, p *Point) error {
 	run.mu.Lock()
 	defer run.mu.Unlock()
 	for _, k := range run.unannounced() {
-		if s.quarantine[k] != 0 {
+		if s.Quarantine[k] != 0 {
 			return ErrPruned // a pruner took this run for dead
 		}
 	}
-	run.verified = max(s.quarantined, s.mended)
+	run.verified = max(s.Quarantined, s.Mended)
 	run.locked = lockedAt{} // it may rest on other packs now
 	return nil
 }
 
 // holds wants an item to be present, or on its way with this run's entry. The
 // point rests on the pack where it was found from then on.
-func (run *Run) holds(s *state, id pack.ID) error {
+func (run *Run) holds(s *chain.State, id pack.ID) error {
 	if id == (pack.ID{}) {
 		return nil
 	}
@@ -155,7 +136,7 @@ func (run *Run) holds(s *state, id pack.ID) error {
 		return err
 	}
 	for _, p := range places {
-		if s.quarantine[p.Pack] == 0 {
+		if s.Quarantine[p.Pack] == 0 {
 			run.mu.Lock()
 			run.uses[p.Pack] = true
 			run.mu.Unlock()
@@ -187,7 +168,7 @@ type diskMap struct {
 }
 
 // maps gives the maps of all disks and files.
-func (p *Point) maps() []diskMap {
+func mapsOf(p *Point) []diskMap {
 	var all []diskMap
 	for _, d := range p.Disks {
 		all = append(all, diskMap{"disk " + d.ID, d.Root, d.Size})

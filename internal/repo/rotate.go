@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"slices"
 
+	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -37,11 +39,11 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 	if err := r.learn(ctx); err != nil {
 		return nil, err
 	}
-	u, s := r.ring.now.Load(), r.current()
-	if len(s.gaps) > 0 {
-		return nil, fmt.Errorf("%s; keys cannot be changed before it is back: put it back from a copy of the repository", s.gaps[0])
+	u, s := r.keys.Now(), r.current()
+	if damage := s.Damage(); len(damage) > 0 {
+		return nil, fmt.Errorf("%s; keys cannot be changed before it is back: put it back from a copy of the repository", damage[0])
 	}
-	names, err := listNames(ctx, r.store, "keyring/")
+	names, err := blob.Names(ctx, r.store, "keyring/")
 	if err != nil {
 		return nil, err
 	}
@@ -51,8 +53,8 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 			return nil, fmt.Errorf("%s: %w, or it is damaged: it does not open; use another passphrase, or put it back from a copy of the repository", name, ErrKeys)
 		}
 	}
-	if s.keyring > u.number {
-		return nil, fmt.Errorf("%s: %w: missing; put it back from a copy of the repository", ringName(r.id, s.keyring), ErrDamaged)
+	if s.Keyring > u.number {
+		return nil, fmt.Errorf("%s: %w: missing; put it back from a copy of the repository", ringName(r.id, s.Keyring), ErrDamaged)
 	}
 	return u, nil
 }
@@ -60,14 +62,11 @@ func (r *Repo) changeable(ctx context.Context) (*unlocked, error) {
 // putRing stores the keyring that follows u, with a new master key: the moment
 // in which the keys change.
 func (r *Repo) putRing(ctx context.Context, u *unlocked, root *seal.Key, generation int) error {
-	next := *u.ring
-	master := randomKey()
-	next.Masters = append(slices.Clone(u.ring.Masters), seal.Master{Number: uint32(len(u.ring.Masters) + 1), Key: master[:]})
-	p, err := sealRing(r.id, root, generation, &next)
+	p, err := sealRing(r.id, root, generation, u.nextRing())
 	if err != nil {
 		return err
 	}
-	mine, err := r.putEntry(ctx, ringName(r.id, u.number+1), p)
+	mine, err := blob.Claim(ctx, r.store, ringName(r.id, u.number+1), p)
 	if err != nil {
 		return fmt.Errorf("store the new keyring: %w", err)
 	}
@@ -82,8 +81,8 @@ var errLostRace = fmt.Errorf("%w by somebody else at the same time: nothing was 
 // announceKeys tells other processes. The entry is sealed with the old master
 // key, so that they can read it.
 func (r *Repo) announceKeys(ctx context.Context, number int) error {
-	e := entrySealed{Keyring: ringDigits(number)}
-	if err := r.append(ctx, kindKeys, entryClear{}, e, func(*state) error { return nil }); err != nil {
+	e := chain.Sealed{Keyring: ringDigits(number)}
+	if err := r.append(ctx, chain.Keys, chain.Clear{}, e, func(*chain.State) error { return nil }); err != nil {
 		return fmt.Errorf("the keys are changed, but not recorded: %w", err)
 	}
 	return nil
@@ -110,11 +109,11 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 	if err != nil {
 		return RootChange{}, err
 	}
-	next := &unlocked{root: randomKey(), generation: u.generation + 1}
+	next := u.nextRoot()
 	change := RootChange{Dropped: dropped}
 	for i := range kept {
 		k := &kept[i]
-		if k.id, err = putSlot(ctx, r.store, r.id, next.root, k.secret(), k.newKDF(r.slotKDF, next.generation)); err != nil {
+		if k.id, err = putSlot(ctx, r.store, r.id, next.root, k.cred.secret(k.kdf.Kind), k.newKDF(r.slotKDF, next.generation)); err != nil {
 			return RootChange{}, errors.Join(err, r.dropSlots(ctx, kept[:i]))
 		}
 	}
@@ -125,7 +124,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 		return RootChange{}, err // the keyring may be there: its slots must stay
 	}
 	for _, k := range kept { // before anything old is deleted
-		v, err := unlock(ctx, r.store, r.id, k.cred.text, nil, k.id, r.current().removed)
+		v, err := unlock(ctx, r.store, r.id, means{passphrase: k.cred.text, first: k.id, removed: r.current().Removed})
 		if err != nil || !bytes.Equal(v.root[:], next.root[:]) {
 			return RootChange{}, fmt.Errorf("the new keys were read back and do not open: %w; nothing old was deleted", errors.Join(ErrDamaged, err))
 		}
@@ -136,7 +135,7 @@ func (r *Repo) RotateRoot(ctx context.Context, passphrases [][]byte) (RootChange
 	if err := r.announceKeys(ctx, u.number+1); err != nil {
 		return RootChange{}, err
 	}
-	r.ring.now.Store(next)
+	r.keys.Set(next)
 	r.lockKeys(ctx)
 	if err := r.tidy(ctx); err != nil {
 		return RootChange{}, err
@@ -159,13 +158,6 @@ type keptSlot struct {
 	own  bool // it opened this Repo
 }
 
-func (k *keptSlot) secret() []byte {
-	if k.kdf.Kind == seal.KindRecovery {
-		return k.cred.recovery
-	}
-	return k.cred.text
-}
-
 // newKDF is the old slot's label and kind, at today's cost.
 func (k *keptSlot) newKDF(passphrase seal.KDF, generation int) seal.KDF {
 	kdf := passphrase
@@ -182,8 +174,8 @@ func (r *Repo) partSlots(ctx context.Context, u *unlocked, passphrases [][]byte)
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(r.secret) > 0 {
-		passphrases = append([][]byte{r.secret}, passphrases...)
+	if len(r.keys.Secret) > 0 {
+		passphrases = append([][]byte{r.keys.Secret}, passphrases...)
 	}
 	taken := map[string]bool{}
 	for i, p := range passphrases {

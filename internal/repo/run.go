@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -33,8 +34,10 @@ const (
 	// it, before it shares that. It bounds what a death costs over a slow link;
 	// entries are for ever, so it is not shorter.
 	announceEvery = 10 * time.Minute
-	// indexItems bounds one index object (docs/format.md §5).
+	// indexItems bounds one index object (docs/format.md §5), and indexPacks its
+	// clear part, which takes some 100 bytes for each: a reader takes 32 MiB.
 	indexItems = 1 << 19
+	indexPacks = 1 << 17
 	// maxFile bounds a piece of configuration, bytes.
 	maxFile = 64 << 20
 )
@@ -104,8 +107,8 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	if err != nil {
 		return nil, err
 	}
-	number, master := r.ring.Newest()
-	clear := map[string]any{"lease": lease, "chain": r.current().head}
+	number, master := r.keys.Newest()
+	clear := map[string]any{"lease": lease, "chain": r.current().Head}
 	err = putSealed(ctx, r.store, "leases/"+lease, seal.NewHeader(seal.Lease, 0, number, r.id), clear, who, master, "lease")
 	if err != nil {
 		return nil, fmt.Errorf("open a lease: %w", err)
@@ -125,7 +128,7 @@ func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
 	if err != nil {
 		return nil, errors.Join(err, run.Close())
 	}
-	run.began = r.current().head
+	run.began = r.current().Head
 	run.beats.Go(run.beat)
 	return run, nil
 }
@@ -141,7 +144,7 @@ func (run *Run) beat() {
 			return
 		case <-t.C:
 		}
-		number, master := run.r.ring.Newest()
+		number, master := run.r.keys.Newest()
 		err := putSealed(run.ctx, run.r.store, run.beatName(n), seal.NewHeader(seal.Beat, 0, number, run.r.id),
 			map[string]int{"beat": n}, []byte("{}"), master, "lease")
 		if err == nil && n > 1 {
@@ -253,7 +256,7 @@ func (run *Run) shelve(ctx context.Context) error {
 // indexful is how many of the packs one index object takes.
 func indexful(packs []index.Pack) int {
 	n, items := 0, 0
-	for n < len(packs) && (n == 0 || items+len(packs[n].Items) <= indexItems) {
+	for n < min(len(packs), indexPacks) && (n == 0 || items+len(packs[n].Items) <= indexItems) {
 		items += len(packs[n].Items)
 		n++
 	}
@@ -265,15 +268,15 @@ func (run *Run) announce(ctx context.Context) error {
 	if len(run.shelf) == 0 {
 		return nil
 	}
-	if err := run.r.append(ctx, kindAdd, run.entry(), entrySealed{}, run.mayAnnounce); err != nil {
+	if err := run.r.append(ctx, chain.Add, run.entry(), chain.Sealed{}, run.mayAnnounce); err != nil {
 		return err
 	}
 	run.settle()
 	return nil
 }
 
-func (run *Run) entry() entryClear {
-	c := entryClear{Lease: run.lease}
+func (run *Run) entry() chain.Clear {
+	c := chain.Clear{Lease: run.lease}
 	for _, s := range run.shelf {
 		c.Adds = append(c.Adds, s.digest[:])
 	}
@@ -281,8 +284,8 @@ func (run *Run) entry() entryClear {
 }
 
 // mayAnnounce refuses once the lease is over.
-func (run *Run) mayAnnounce(s *state) error {
-	if s.over[run.lease] == kindRevoke {
+func (run *Run) mayAnnounce(s *chain.State) error {
+	if s.Over[run.lease] == chain.Revoke {
 		return ErrRevoked
 	}
 	return nil
@@ -350,7 +353,7 @@ func (run *Run) Commit(ctx context.Context, p *Point) error {
 	return run.commit(ctx, p, run.mayCommit)
 }
 
-func (run *Run) commit(ctx context.Context, p *Point, allowed func(*state) error) error {
+func (run *Run) commit(ctx context.Context, p *Point, allowed func(*chain.State) error) error {
 	if err := run.Flush(ctx); err != nil {
 		return err
 	}
@@ -402,7 +405,7 @@ func (run *Run) endLease(ctx context.Context) error { return run.r.EndLease(ctx,
 // LeaseOpen reports whether a session's run is under way, or died without
 // ending its lease, on this machine or another.
 func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
-	names, err := listNames(ctx, r.store, "leases/"+session)
+	names, err := blob.Names(ctx, r.store, "leases/"+session)
 	return len(names) > 0, err
 }
 
@@ -410,7 +413,7 @@ func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
 // One already gone is no error.
 func (r *Repo) EndLease(ctx context.Context, session string) error {
 	lease := "leases/" + session
-	names, err := listNames(ctx, r.store, lease)
+	names, err := blob.Names(ctx, r.store, lease)
 	// The lease itself, which sorts first, goes last: a lease without beats is
 	// alive, a beat without its lease is nothing.
 	for _, name := range slices.Backward(names) {

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -38,8 +39,8 @@ func (run *Run) Lock(ctx context.Context, p *Point) error {
 }
 
 // isLocked refuses unless all was locked that a point needs which follows s.
-func (run *Run) isLocked(s *state) error {
-	if s.locks.Days > 0 && (run.locked.head != s.head || run.locked.rule != s.locks.Immutability) {
+func (run *Run) isLocked(s *chain.State) error {
+	if s.Locks.Days > 0 && (run.locked.head != s.Head || run.locked.rule != s.Locks.Immutability) {
 		return errUnlocked
 	}
 	return nil
@@ -48,7 +49,7 @@ func (run *Run) isLocked(s *state) error {
 // canLock refuses a store that cannot do what the rule wants, before a run has
 // stored anything.
 func (r *Repo) canLock() error {
-	if _, ok := blob.As[blob.Locker](r.store); !ok && r.current().locks.Days > 0 {
+	if _, ok := blob.As[blob.Locker](r.store); !ok && r.current().Locks.Days > 0 {
 		return fmt.Errorf("restore points are to be immutable: %w: it has no means to", blob.ErrNoLock)
 	}
 	return nil
@@ -58,7 +59,7 @@ func (r *Repo) canLock() error {
 func (run *Run) lock(ctx context.Context, p *Point) error {
 	for {
 		s := run.r.current()
-		if s.locks.Days == 0 {
+		if s.Locks.Days == 0 {
 			return nil
 		}
 		err := run.lockFor(ctx, s, p)
@@ -69,21 +70,21 @@ func (run *Run) lock(ctx context.Context, p *Point) error {
 		if err := run.r.refresh(ctx); err != nil {
 			return err
 		}
-		if run.r.current().head == s.head {
+		if run.r.current().Head == s.Head {
 			return fmt.Errorf("%w: what the restore point rests on is missing: %w; run check, then back up again", ErrDamaged, err)
 		}
 	}
 }
 
-func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
+func (run *Run) lockFor(ctx context.Context, s *chain.State, p *Point) error {
 	r := run.r
-	want := s.locks.want(r.now())
+	want := wantedLock(s.Locks.Immutability, r.now())
 	names, err := r.common(ctx, s)
 	if err != nil {
 		return err
 	}
 	n := newNeeds(run.fetchNode, run.presentIn)
-	if run.locked.distrusted != s.locks.Distrusted {
+	if run.locked.distrusted != s.Locks.Distrusted {
 		run.locked.roots = nil
 	}
 	least, err := run.walk(ctx, n, s, p, want)
@@ -123,10 +124,10 @@ func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
 			least.Until = l.Until
 		}
 	}
-	run.locked = lockedAt{head: s.head, rule: s.locks.Immutability, distrusted: s.locks.Distrusted}
+	run.locked = lockedAt{head: s.Head, rule: s.Locks.Immutability, distrusted: s.Locks.Distrusted}
 	if !n.lost {
 		run.locked.roots = map[Root]blob.Lock{}
-		for _, m := range p.maps() {
+		for _, m := range mapsOf(p) {
 			run.locked.roots[m.root] = least
 		}
 	}
@@ -136,19 +137,19 @@ func (run *Run) lockFor(ctx context.Context, s *state, p *Point) error {
 // walk finds the packs on which the point rests. Of a map of which all is
 // locked it walks nothing, of one that began as a copy of such only what
 // differs. It gives the least lock of what it did not walk.
-func (run *Run) walk(ctx context.Context, n *needs, s *state, p *Point, want blob.Lock) (least blob.Lock, err error) {
+func (run *Run) walk(ctx context.Context, n *needs, s *chain.State, p *Point, want blob.Lock) (least blob.Lock, err error) {
 	least = blob.Lock{Until: lockEnd(want.Until), Mode: want.Mode}
 	holds := func(root Root) bool {
 		l, ok := run.locked.roots[root]
 		if !ok {
-			l = run.r.locks.get(s.locks.rootKey(root))
+			l = run.r.locks.get(rootKey(s, root))
 		}
 		if l.Holds(want) && l.Until.Before(least.Until) {
 			least.Until = l.Until
 		}
 		return l.Holds(want)
 	}
-	for _, m := range p.maps() {
+	for _, m := range mapsOf(p) {
 		if holds(m.root) {
 			continue
 		}
@@ -187,15 +188,15 @@ func (run *Run) presentIn(id pack.ID) (name [32]byte, there bool, err error) {
 func (run *Run) settleLocks() {
 	r := run.r
 	s := r.current()
-	if run.locked.head == 0 || s.locks.Days == 0 {
+	if run.locked.head == 0 || s.Locks.Days == 0 {
 		return
 	}
-	want := s.locks.want(r.now())
+	want := wantedLock(s.Locks.Immutability, r.now())
 	for root, l := range run.locked.roots {
-		r.locks.set(s.locks.rootKey(root), l)
+		r.locks.set(rootKey(s, root), l)
 	}
 	_ = r.locks.save(r.now()) // it is there to save work
-	if name := entryName(run.locked.head + 1); !r.locks.holds(name, want) {
+	if name := chain.Name(run.locked.head + 1); !r.locks.holds(name, want) {
 		run.locked.warning = fmt.Errorf("the restore point is there, but %s is not locked yet: the next backup or check does it", name)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -29,18 +29,6 @@ type KeyKind string
 const (
 	Passphrase KeyKind = "passphrase"
 	Recovery   KeyKind = "recovery" // a recovery key
-)
-
-// SlotState says what a slot is good for.
-type SlotState string
-
-const (
-	SlotCurrent SlotState = "current"
-	// SlotOld: its root key was replaced, or it was removed; it awaits deletion.
-	SlotOld SlotState = "old"
-	// SlotUnfinished: made for a change of the root key that is under way or was cut off.
-	SlotUnfinished SlotState = "unfinished"
-	SlotDamaged    SlotState = "damaged"
 )
 
 // Slot is a key slot: one passphrase or recovery key that opens the repository.
@@ -72,7 +60,7 @@ type Keyring struct {
 
 // Keyring tells of the keyring that is in use.
 func (r *Repo) Keyring() Keyring {
-	u := r.ring.now.Load()
+	u := r.keys.Now()
 	return Keyring{u.number, u.generation, len(u.ring.Masters)}
 }
 
@@ -89,7 +77,7 @@ func (r *Repo) Head(ctx context.Context) (Head, error) {
 		return Head{}, err
 	}
 	s := r.current()
-	return Head{s.head, s.time}, nil
+	return Head{s.Head, s.Time}, nil
 }
 
 // Slots lists all key slots, the oldest first.
@@ -117,7 +105,7 @@ func (r *Repo) slots(ctx context.Context) ([]slotDoc, *unlocked, error) {
 		return nil, nil, err
 	}
 	docs, err := readSlots(ctx, r.store, r.id)
-	return docs, r.ring.now.Load(), err
+	return docs, r.keys.Now(), err
 }
 
 func (r *Repo) slot(u *unlocked, k slotDoc) Slot {
@@ -132,19 +120,7 @@ func (r *Repo) slot(u *unlocked, k slotDoc) Slot {
 	return s
 }
 
-func (r *Repo) slotState(u *unlocked, k slotDoc) SlotState {
-	switch {
-	case k.err != nil:
-		return SlotDamaged
-	case r.current().removed[k.id]:
-		return SlotOld
-	case k.kdf.Root > u.generation:
-		return SlotUnfinished
-	case k.kdf.RootID == u.root.RootID(), k.kdf.RootID == "" && k.kdf.Root == u.generation:
-		return SlotCurrent
-	}
-	return SlotOld
-}
+func (r *Repo) slotState(u *unlocked, k slotDoc) SlotState { return k.state(u, r.current().Removed) }
 
 // maxLabel bounds a label, bytes.
 const maxLabel = 100
@@ -170,11 +146,9 @@ func (r *Repo) AddPassphrase(ctx context.Context, label string, passphrase []byt
 // AddRecovery makes a slot for a new recovery key, which it gives in the form in
 // which it is printed.
 func (r *Repo) AddRecovery(ctx context.Context, label string) (Slot, string, error) {
-	var key [32]byte
-	rand.Read(key[:])
-	c := &credential{recovery: key[:]}
+	c, printed := newRecovery()
 	s, err := r.addSlot(ctx, label, c, seal.RecoveryKDF())
-	return s, formatRecovery(key), err
+	return s, printed, err
 }
 
 func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf seal.KDF) (Slot, error) {
@@ -193,12 +167,8 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 		}
 	}
 	kdf.Label, kdf.Root = label, u.generation
-	secret := c.text
-	if kdf.Kind == seal.KindRecovery {
-		secret = c.recovery
-	}
 	var k slotDoc
-	id, err := putSlot(ctx, r.store, r.id, u.root, secret, kdf)
+	id, err := putSlot(ctx, r.store, r.id, u.root, c.secret(kdf.Kind), kdf)
 	if err == nil {
 		k, err = r.readBack(ctx, id, u, c)
 	}
@@ -214,13 +184,9 @@ func (r *Repo) addSlot(ctx context.Context, label string, c *credential, kdf sea
 
 // readBack proves that a new slot opens the repository.
 func (r *Repo) readBack(ctx context.Context, id string, u *unlocked, c *credential) (slotDoc, error) {
-	k := slotDoc{id: id}
-	var err error
-	if k.raw, err = getSlot(ctx, r.store, slotName(id), r.id); err != nil {
-		return k, err
-	}
-	if err := seal.Unmarshal(k.raw.Clear, &k.kdf); err != nil {
-		return k, err
+	k := readSlot(ctx, r.store, r.id, id)
+	if k.err != nil {
+		return k, k.err
 	}
 	root, err := k.open(c)
 	if err != nil || !bytes.Equal(root[:], u.root[:]) {
@@ -250,14 +216,14 @@ func (r *Repo) RemoveSlot(ctx context.Context, id, inUse string) error {
 	if err != nil {
 		return err
 	}
-	stays := func(*state) error {
+	stays := func(*chain.State) error {
 		if r.remaining(docs, u, id) == 0 {
 			return ErrLastSlot
 		}
 		return nil
 	}
-	e := entrySealed{Keyring: ringDigits(u.number), Removed: []string{id}}
-	if err := r.append(ctx, kindKeys, entryClear{}, e, stays); err != nil {
+	e := chain.Sealed{Keyring: ringDigits(u.number), Removed: []string{id}}
+	if err := r.append(ctx, chain.Keys, chain.Clear{}, e, stays); err != nil {
 		return fmt.Errorf("remove key %s: %w", id, err)
 	}
 	if err := r.forget(ctx, slotName(id)); err != nil {
@@ -312,20 +278,19 @@ func (r *Repo) tidy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if newest := max(rings.newest(), r.current().keyring); newest != u.number {
+	if newest := max(rings.newest(), r.current().Keyring); newest != u.number {
 		return nil // whoever knows the newest one tidies
 	}
 	if r.remaining(docs, u, "") == 0 {
 		return fmt.Errorf("keys: %w: no key slot opens the newest keyring; nothing was deleted", ErrDamaged)
 	}
 	for _, k := range docs {
-		if r.slotState(u, k) == SlotOld || r.current().removed[k.id] {
+		if r.slotState(u, k) == SlotOld || r.current().Removed[k.id] {
 			err = errors.Join(err, r.forget(ctx, slotName(k.id)))
 		}
 	}
 	for _, d := range rings.list {
-		var clear ringClear
-		if seal.Unmarshal(d.raw.Clear, &clear) == nil && clear.Root < u.generation && d.number < u.number {
+		if g := d.generation(); 0 < g && g < u.generation && d.number < u.number {
 			err = errors.Join(err, r.forget(ctx, d.name))
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -26,7 +27,7 @@ const deleting = 8
 // Leases were listed after the chain was read, so after every quarantine in it.
 func (p *pruner) due() (free, wait [][32]byte) {
 	h := horizon(p.m.after)
-	for name, entry := range p.m.state.quarantine {
+	for name, entry := range p.m.state.Quarantine {
 		k := p.m.packs[name]
 		_, listed := p.m.there[name]
 		switch {
@@ -59,7 +60,7 @@ func (p *pruner) sweep(ctx context.Context) error {
 			p.report.WaitingBytes += p.size(name)
 		}
 		if len(wait) > 0 {
-			p.waitsFor(p.m.state.quarantined)
+			p.waitsFor(p.m.state.Quarantined)
 		}
 		if len(free) == 0 {
 			return nil
@@ -110,11 +111,14 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if len(affected) == 0 {
 		return nil, nil // what an earlier sweep did not come to delete
 	}
-	var c entryClear // without the lease: the packs are not this run's
-	for d := range affected {
-		old = append(old, d)
-	}
-	slices.SortFunc(old, func(a, b [32]byte) int { return bytes.Compare(a[:], b[:]) })
+	old = slices.SortedFunc(maps.Keys(affected), func(a, b [32]byte) int { return bytes.Compare(a[:], b[:]) })
+	return old, p.replace(ctx, old, gone, p.unmoved)
+}
+
+// replace puts others in the place of index objects, by a sweep entry: what they
+// list but the packs that are gone, to which it adds what it has seen.
+func (p *pruner) replace(ctx context.Context, old [][32]byte, gone map[[32]byte]bool, allowed func(*chain.State) error) error {
+	var c chain.Clear // without the lease: the packs are not this run's
 	for _, d := range old {
 		c.Drops = append(c.Drops, seal.Hex(bytes.Clone(d[:])))
 	}
@@ -133,10 +137,9 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 		items = 0
 		return nil
 	}
-	for _, d := range old {
-		list, err := p.m.readIndex(ctx, p.m.state, d)
-		if err != nil {
-			return nil, err
+	err := p.r.readMany(ctx, old, func(d [32]byte, list []index.Pack, err error) error {
+		if err := p.m.gone(ctx, p.m.state, err); err != nil {
+			return err
 		}
 		for _, k := range list {
 			if gone[k.Name] {
@@ -146,22 +149,24 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 			keep = append(keep, k)
 			items += len(k.Items)
 		}
-		if items >= indexItems {
-			if err := flush(); err != nil {
-				return nil, err
-			}
+		if items >= indexItems || len(keep) >= indexPacks {
+			return flush()
 		}
+		return nil
+	})
+	if err == nil {
+		err = flush()
 	}
-	if err := flush(); err != nil {
-		return nil, err
+	if err == nil {
+		err = p.lockIndexes(ctx, c.Adds, old)
 	}
-	if err := p.lockIndexes(ctx, c.Adds); err != nil {
-		return nil, err
+	if err == nil {
+		err = p.r.append(ctx, chain.Sweep, c, chain.Sealed{}, allowed)
 	}
-	if err := p.r.append(ctx, kindSweep, c, entrySealed{}, p.unmoved); err != nil {
-		return nil, err
+	if err != nil {
+		return err
 	}
-	return old, p.m.adopt(ctx)
+	return p.m.adopt(ctx)
 }
 
 // remove deletes packs, then index objects. What it does not come to, a later
@@ -194,10 +199,20 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	g = new(errgroup.Group)
+	g.SetLimit(deleting)
 	for _, d := range indexes {
-		if err := p.r.forget(ctx, indexName(d)); err != nil {
-			failed = append(failed, err)
-		}
+		g.Go(func() error {
+			if err := p.r.forget(ctx, indexName(d)); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				failed = append(failed, err)
+			}
+			return ctx.Err()
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	if len(failed) > 0 {
 		return fmt.Errorf("%d objects could not be deleted, and nothing needs them; prune again: %w", len(failed), failed[0])
@@ -232,13 +247,13 @@ func (p *pruner) end(ctx context.Context) error {
 // committed or revoked, and, when no run is open, index objects that no entry
 // lists: replaced by a sweep, or never added by a run that died.
 func (p *pruner) tidy(ctx context.Context) error {
-	names, err := listNames(ctx, p.r.store, "leases/")
+	names, err := blob.Names(ctx, p.r.store, "leases/")
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		session, _, _ := strings.Cut(strings.TrimPrefix(name, "leases/"), ".")
-		if p.m.state.over[session] == 0 {
+		session, _, _ := splitName(name)
+		if p.m.state.Over[session] == 0 {
 			continue
 		}
 		if err := p.r.store.Delete(ctx, name); err != nil && !errors.Is(err, blob.ErrNotExist) {
@@ -252,8 +267,8 @@ func (p *pruner) tidy(ctx context.Context) error {
 		return nil
 	}
 	for _, name := range p.indexes {
-		d, err := parseDigest(strings.TrimPrefix(name, "index/"))
-		if err != nil || p.m.state.indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
+		d, err := seal.ParseDigest(strings.TrimPrefix(name, "index/"))
+		if err != nil || p.m.state.Indexes[d] || p.r.locks.get(name).Until.After(p.r.now()) {
 			continue
 		}
 		ours, err := p.header(ctx, name, seal.Index)

@@ -61,7 +61,7 @@ func TestSynthesize(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d chunks, %d entries", s.chunks, r.current().head)
+	t.Logf("%d chunks, %d entries", s.chunks, r.current().Head)
 }
 
 // number is that of an environment variable.

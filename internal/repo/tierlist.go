@@ -5,11 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/tree"
 )
 
@@ -48,7 +47,7 @@ func (r *Repo) TierInfos(ctx context.Context) ([]TierInfo, error) {
 		return nil, err
 	}
 	infos := []TierInfo{}
-	for i, t := range s.tiers {
+	for i, t := range s.Tiers {
 		info := TierInfo{Tier: t}
 		if problems[i] != nil {
 			info.Problem = problems[i].Error()
@@ -76,13 +75,13 @@ func (r *Repo) TierInfos(ctx context.Context) ([]TierInfo, error) {
 
 // listAll lists the packs of the own store and of each tier, in that order. A
 // tier that cannot be listed has a problem.
-func (r *Repo) listAll(ctx context.Context, s *state) (stores []map[[32]byte]int64, problems []error, err error) {
+func (r *Repo) listAll(ctx context.Context, s *chain.State) (stores []map[[32]byte]int64, problems []error, err error) {
 	own, err := listSizes(ctx, r.tiers.Own())
 	if err != nil {
 		return nil, nil, err
 	}
 	stores = append(stores, own)
-	for _, t := range s.tiers {
+	for _, t := range s.Tiers {
 		if t.Name == r.mirrorOf {
 			stores, problems = append(stores, own), append(problems, nil)
 			continue
@@ -114,7 +113,7 @@ func elsewhere(stores []map[[32]byte]int64, but int, name [32]byte, size int64) 
 
 // countWhole counts the points that a tier alone would give back: their entry is
 // in its mirror, and each item lies in a pack that is there and listed there.
-func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held map[[32]byte]heldPack, there map[[32]byte]int64) error {
+func (r *Repo) countWhole(ctx context.Context, s *chain.State, info *TierInfo, held map[[32]byte]heldPack, there map[[32]byte]int64) error {
 	far := r.tiers.Own()
 	if info.Name != r.mirrorOf {
 		var err error
@@ -122,19 +121,16 @@ func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held ma
 			return err
 		}
 	}
-	entries, err := listNames(ctx, far, "chain/")
-	if err != nil || len(entries) == 0 {
+	var err error
+	if info.Entry, err = chain.Last(ctx, far); err != nil || info.Entry == 0 {
 		return err
 	}
-	if info.Entry, err = strconv.ParseUint(strings.TrimPrefix(entries[len(entries)-1], "chain/"), 10, 64); err != nil {
-		return fmt.Errorf("tier %s: %w", info.Name, err)
-	}
-	indexes, err := listNames(ctx, far, "index/")
+	indexes, err := blob.Names(ctx, far, "index/")
 	if err != nil {
 		return err
 	}
 	listed := map[[32]byte]bool{} // packs
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		if _, ok := slices.BinarySearch(indexes, indexName(d)); !ok {
 			continue
 		}
@@ -148,9 +144,9 @@ func (r *Repo) countWhole(ctx context.Context, s *state, info *TierInfo, held ma
 		}
 	}
 	w := &wholes{r: r, listed: listed, nodes: map[tree.ID]bool{}}
-	for _, p := range s.points {
-		whole := s.committed[p.ID] <= info.Entry
-		for _, m := range p.maps() {
+	for _, p := range s.Points {
+		whole := s.Committed[p.ID] <= info.Entry
+		for _, m := range mapsOf(&p) {
 			if !whole {
 				break
 			}
@@ -250,7 +246,7 @@ func (r *Repo) RemoveTier(ctx context.Context, name string, o RemoveTierOptions)
 	if err := r.refresh(ctx); err != nil {
 		return nil, err
 	}
-	t := r.current().tier(name)
+	t := r.current().Tier(name)
 	if t == nil {
 		return nil, fmt.Errorf("%q: %w", name, ErrNoTier)
 	}
@@ -291,7 +287,7 @@ func (r *Repo) remove(ctx context.Context, run *Run, name string, o RemoveTierOp
 		if tiers = slices.DeleteFunc(tiers, func(t Tier) bool { return t.Name == name }); len(tiers) == n {
 			return nil, errNothing
 		}
-		for _, t := range r.current().tiers {
+		for _, t := range r.current().Tiers {
 			if t.Name == name && !t.Back {
 				return nil, ErrBusy
 			}
@@ -314,7 +310,7 @@ func (r *Repo) onlyThere(ctx context.Context, name string, removal *TierRemoval)
 		return err
 	}
 	stores := []map[[32]byte]int64{own}
-	for _, t := range s.tiers {
+	for _, t := range s.Tiers {
 		if t.Name == name {
 			continue
 		}

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -39,48 +40,10 @@ var (
 	ErrOnlyThere = errors.New("packs are only in this tier")
 )
 
-// Tier is a store beside the repository's own one.
-type Tier struct {
-	Name     string `json:"name"`
-	Location string `json:"location"` // for Options.OpenTier
-	// OlderThan says how old packs have to be to go there, in the caller's
-	// words; Copy that they stay in the own store, too.
-	OlderThan string `json:"older_than,omitempty"`
-	Copy      bool   `json:"copy,omitempty"`
-	// Back: it is being emptied.
-	Back bool `json:"back,omitempty"`
-	// Turned is the entry that added the tier or changed Back.
-	Turned uint64 `json:"turned,omitempty"`
-}
-
-// takeTiers takes over the tiers that entry n tells.
-func (s *state) takeTiers(n uint64, tiers []Tier) {
-	tiers = slices.Clone(tiers)
-	for i := range tiers {
-		t := &tiers[i]
-		t.Turned = n
-		if old := s.tier(t.Name); old != nil && old.Back == t.Back {
-			t.Turned = old.Turned
-		}
-	}
-	s.tiers = tiers
-	s.moved = n // who has missed a pack looks again
-}
-
-// tier gives a tier of the state, or nil.
-func (s *state) tier(name string) *Tier {
-	for i := range s.tiers {
-		if s.tiers[i].Name == name {
-			return &s.tiers[i]
-		}
-	}
-	return nil
-}
-
 // attach makes the stores of the state's tiers be looked into.
-func (r *Repo) attach(s *state) {
+func (r *Repo) attach(s *chain.State) {
 	var tiers []blob.Tier
-	for _, t := range s.tiers {
+	for _, t := range s.Tiers {
 		if t.Name == r.mirrorOf {
 			continue // it is the own store
 		}
@@ -97,7 +60,7 @@ func (r *Repo) attach(s *state) {
 // settle finds out, when the chain was read first, whether the own store is a
 // tier, and attaches the others.
 func (r *Repo) settle(ctx context.Context) error {
-	if len(r.state.tiers) == 0 {
+	if len(r.state.Tiers) == 0 {
 		return nil
 	}
 	name, err := r.mark(ctx, r.tiers.Own())
@@ -106,7 +69,7 @@ func (r *Repo) settle(ctx context.Context) error {
 	} else if err != nil && !errors.Is(err, blob.ErrNotExist) {
 		return err
 	}
-	if r.state.tier(name) != nil { // else it was, and TakeOver was cut off after its entry
+	if r.state.Tier(name) != nil { // else it was, and TakeOver was cut off after its entry
 		r.mirrorOf = name
 		r.isMirror = fmt.Errorf("%w (%s): it can be restored from, but not written to. When the repository's own store is lost for good, \"holdfast tier remove %s --take-over\" makes this one take its place",
 			ErrMirror, r.mirrorOf, r.mirrorOf)
@@ -123,7 +86,7 @@ func (r *Repo) behind(ctx context.Context, err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: this store is its tier %s, which has a copy of the chain up to entry %d of %s; if the repository's own store is lost, delete %s to go on with this copy",
-		ErrRolledBack, name, r.state.head, r.state.time.Format("2006-01-02 15:04"), r.headPath())
+		ErrRolledBack, name, r.state.Head, r.state.Time.Format("2006-01-02 15:04"), r.chain.Memory)
 }
 
 // mark reads a store's object "tier" and gives the tier's name.
@@ -172,7 +135,7 @@ func (r *Repo) Mirror() string { return r.mirrorOf }
 // Tiers gives the tiers.
 func (r *Repo) Tiers(ctx context.Context) ([]Tier, error) {
 	err := r.refresh(ctx)
-	return slices.Clone(r.current().tiers), err
+	return slices.Clone(r.current().Tiers), err
 }
 
 var tierNames = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
@@ -203,10 +166,10 @@ func (r *Repo) AddTier(ctx context.Context, t Tier, far blob.Store) error {
 	if err := r.refresh(ctx); err != nil {
 		return err
 	}
-	if _, err := add(slices.Clone(r.current().tiers)); err != nil && !errors.Is(err, errNothing) {
+	if _, err := add(slices.Clone(r.current().Tiers)); err != nil && !errors.Is(err, errNothing) {
 		return err
 	}
-	if err := r.claimStore(ctx, t.Name, far, r.current().tier(t.Name) != nil); err != nil {
+	if err := r.claimStore(ctx, t.Name, far, r.current().Tier(t.Name) != nil); err != nil {
 		return err
 	}
 	if err := r.changeTiers(ctx, add); err != nil {
@@ -238,7 +201,7 @@ func (r *Repo) claimStore(ctx context.Context, name string, far blob.Store, know
 		}
 		return fmt.Errorf("it is not empty (it holds %s): a tier needs a place of its own", i.Name)
 	}
-	number, master := r.ring.Newest()
+	number, master := r.keys.Newest()
 	err = putSealed(ctx, far, tierName, seal.NewHeader(seal.Tier, 0, number, r.id), map[string]string{"name": name}, []byte("{}"), master, "tier")
 	if err != nil && !errors.Is(err, blob.ErrExist) {
 		return err
@@ -253,7 +216,7 @@ func (r *Repo) changeTiers(ctx context.Context, change func([]Tier) ([]Tier, err
 			return err
 		}
 		old := r.current()
-		tiers, err := change(slices.Clone(old.tiers))
+		tiers, err := change(slices.Clone(old.Tiers))
 		if errors.Is(err, errNothing) {
 			return nil
 		} else if err != nil {
@@ -262,8 +225,8 @@ func (r *Repo) changeTiers(ctx context.Context, change func([]Tier) ([]Tier, err
 		for i := range tiers {
 			tiers[i].Turned = 0
 		}
-		err = r.append(ctx, kindTiers, entryClear{Tiers: len(tiers)}, entrySealed{Tiers: tiers}, func(s *state) error {
-			if !slices.Equal(s.tiers, old.tiers) {
+		err = r.append(ctx, chain.Tiers, chain.Clear{Tiers: len(tiers)}, chain.Sealed{Tiers: tiers}, func(s *chain.State) error {
+			if !slices.Equal(s.Tiers, old.Tiers) {
 				return errMoved
 			}
 			return nil
@@ -308,18 +271,18 @@ func (r *Repo) sound(ctx context.Context, name string, far blob.Store) error {
 	case is != name:
 		return fmt.Errorf("%w: it is tier %s", ErrForked, is)
 	}
-	entries, err := listNames(ctx, far, "chain/")
-	if err != nil || len(entries) == 0 {
+	n, err := chain.Last(ctx, far)
+	if err != nil || n == 0 {
 		return err
 	}
-	last := entries[len(entries)-1]
+	last := chain.Name(n)
 	there, err := far.Get(ctx, last, 0, -1)
 	if err != nil {
 		return err
 	}
 	own, err := r.tiers.Own().Get(ctx, last, 0, -1)
 	switch {
-	case errors.Is(err, blob.ErrNotExist) && last <= entryName(r.current().head):
+	case errors.Is(err, blob.ErrNotExist) && n <= r.current().Head:
 		return nil // before a checkpoint
 	case errors.Is(err, blob.ErrNotExist):
 		return fmt.Errorf("%w: its copy of the chain goes on to %s, which this repository does not have; it was written to, or this is an older copy of the repository", ErrForked, last)
@@ -336,7 +299,7 @@ func (r *Repo) sound(ctx context.Context, name string, far blob.Store) error {
 
 // soundTiers is tierStore for all.
 func (r *Repo) soundTiers(ctx context.Context) error {
-	for _, t := range r.current().tiers {
+	for _, t := range r.current().Tiers {
 		if _, err := r.tierStore(ctx, t.Name); err != nil {
 			return err
 		}
@@ -350,7 +313,7 @@ func (c *checker) tiers(ctx context.Context) error {
 	if c.r.mirrorOf != "" {
 		return nil
 	}
-	for _, t := range c.r.current().tiers {
+	for _, t := range c.r.current().Tiers {
 		_, err := c.r.tierStore(ctx, t.Name)
 		if errors.Is(err, ErrForked) || errors.Is(err, ErrDamaged) {
 			c.problem(Problem{Object: "tier " + t.Name, What: err.Error()})
@@ -394,7 +357,7 @@ func (r *Repo) TakeOver(ctx context.Context, force bool) error {
 
 // farthest proves that no other tier's copy of the chain goes on after this one.
 func (r *Repo) farthest(ctx context.Context) error {
-	for _, t := range r.current().tiers {
+	for _, t := range r.current().Tiers {
 		if t.Name == r.mirrorOf {
 			continue
 		}
@@ -402,12 +365,12 @@ func (r *Repo) farthest(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("whether tier %s has a newer copy of the chain is not known: %w", t.Name, err)
 		}
-		entries, err := listNames(ctx, far, "chain/")
+		n, err := chain.Last(ctx, far)
 		if err != nil {
 			return fmt.Errorf("tier %s: %w", t.Name, err)
 		}
-		if n := len(entries); n > 0 && entries[n-1] > entryName(r.current().head) {
-			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, entries[n-1])
+		if n > r.current().Head {
+			return fmt.Errorf("tier %s has a newer copy of the chain, up to %s: take that one", t.Name, chain.Name(n))
 		}
 	}
 	return nil
@@ -436,17 +399,17 @@ type heldPack struct {
 
 // held gives the packs that the state's index objects list and that are not in
 // quarantine.
-func (r *Repo) held(ctx context.Context, s *state) (map[[32]byte]heldPack, error) {
+func (r *Repo) held(ctx context.Context, s *chain.State) (map[[32]byte]heldPack, error) {
 	held := map[[32]byte]heldPack{}
-	for d := range s.indexes {
+	for d := range s.Indexes {
 		packs, err := r.readIndex(ctx, d)
-		if errors.Is(err, ErrDamaged) && r.refresh(ctx) == nil && r.current().moved != s.moved {
+		if errors.Is(err, ErrDamaged) && r.refresh(ctx) == nil && r.current().Moved != s.Moved {
 			return nil, errMoved
 		} else if err != nil {
 			return nil, err
 		}
 		for _, k := range packs {
-			if s.quarantine[k.Name] == 0 {
+			if s.Quarantine[k.Name] == 0 {
 				held[k.Name] = heldPack{k.Size, k.Kind, k.Made}
 			}
 		}

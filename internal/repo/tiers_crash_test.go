@@ -28,11 +28,7 @@ func everyTierCall(t *testing.T, w *farWorld, whole []PointID, scenario func(r *
 		return o.changes.Calls()
 	}
 	n := run(w.own.Clone(), w.far.Clone(), 0, blobtest.Before)
-	step := 1
-	if testing.Short() {
-		step = 7
-	}
-	for at := 1; at <= n; at += step {
+	for at := 1; at <= n; at++ {
 		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
 			own, far := w.own.Clone(), w.far.Clone()
 			run(own, far, at, fault)
@@ -50,11 +46,11 @@ func (w *farWorld) proves(t *testing.T, what string, own, far *blob.Mem, whole [
 	if len(whole) > 0 {
 		alone := mustTiered(t, far, nil)
 		for _, id := range whole {
-			if p, ok := alone.current().points[id]; ok {
+			if p, ok := alone.current().Points[id]; ok {
 				if err := differs(alone, &p, w.contents[id]); err != nil {
 					t.Fatalf("%s: in the tier alone: %v", what, err)
 				}
-			} else if _, ok := alone.current().forgotten[id]; !ok {
+			} else if _, ok := alone.current().Forgotten[id]; !ok {
 				t.Fatalf("%s: in the tier alone: point %s is gone", what, id)
 			}
 		}
@@ -77,7 +73,7 @@ func (w *farWorld) proves(t *testing.T, what string, own, far *blob.Mem, whole [
 			t.Fatal(err)
 		}
 	}
-	if r.current().tier("far") == nil {
+	if r.current().Tier("far") == nil {
 		addTier(t, r, Tier{Name: "far", Location: "there"}, far)
 	}
 	move(t, r, all())
@@ -93,6 +89,7 @@ func (w *farWorld) proves(t *testing.T, what string, own, far *blob.Mem, whole [
 }
 
 func TestTierMovePowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	whole := []PointID{w.points[0].ID, w.points[1].ID}
@@ -102,6 +99,7 @@ func TestTierMovePowerLoss(t *testing.T) {
 }
 
 func TestTierAddPowerLoss(t *testing.T) {
+	long(t)
 	w := &farWorld{own: new(blob.Mem), far: new(blob.Mem), contents: map[PointID][]byte{}}
 	w.r = create(t, w.own)
 	w.add(t, "a", random(1, 4))
@@ -114,6 +112,7 @@ func TestTierAddPowerLoss(t *testing.T) {
 
 // Prune with rewriting, after which a move brings the rest.
 func TestTierPrunePowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	whole := []PointID{w.points[0].ID, w.points[1].ID}
@@ -125,6 +124,7 @@ func TestTierPrunePowerLoss(t *testing.T) {
 }
 
 func TestTierBackPowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	everyTierCall(t, w, nil, func(r *Repo, _ blob.Store) {
@@ -305,7 +305,7 @@ func TestTierHistory(t *testing.T) {
 				}
 			}
 			for id := range model {
-				if _, gone := r.current().forgotten[id]; now[id] == nil && !gone {
+				if _, gone := r.current().Forgotten[id]; now[id] == nil && !gone {
 					t.Fatalf("point %s is gone", id)
 				}
 			}
@@ -320,7 +320,7 @@ func TestTierHistory(t *testing.T) {
 			if err := differs(repos[1], &p, model[p.ID]); err != nil {
 				t.Fatal(err)
 			}
-			if _, inMirror := alone.current().points[p.ID]; whole[p.ID] {
+			if _, inMirror := alone.current().Points[p.ID]; whole[p.ID] {
 				if err := differs(alone, &p, model[p.ID]); err != nil || !inMirror {
 					t.Fatalf("in the tier alone: %v, %v", err, inMirror)
 				}
@@ -330,7 +330,7 @@ func TestTierHistory(t *testing.T) {
 	}
 	prune(t, w.r, unwatched)
 	clean(t, mustTiered(t, w.own, w.at), true)
-	t.Logf("%d points, chain of %d", len(model), w.r.current().head)
+	t.Logf("%d points, chain of %d", len(model), w.r.current().Head)
 }
 
 // Writers, prunes, two movers, somebody who empties, readers and checks at once.

@@ -223,10 +223,10 @@ func TestTierBehind(t *testing.T) {
 	}
 	r.Close()
 	_, err = Open(ctx, w.far, secret, o)
-	if !errors.Is(err, ErrRolledBack) || !strings.Contains(err.Error(), "tier far") || !strings.Contains(err.Error(), r.headPath()) {
+	if !errors.Is(err, ErrRolledBack) || !strings.Contains(err.Error(), "tier far") || !strings.Contains(err.Error(), r.chain.Memory) {
 		t.Fatal(err)
 	}
-	if err := os.Remove(r.headPath()); err != nil {
+	if err := os.Remove(r.chain.Memory); err != nil {
 		t.Fatal(err)
 	}
 	if r, err = Open(ctx, w.far, secret, o); err != nil {
@@ -254,7 +254,7 @@ func TestTierForked(t *testing.T) {
 		t.Error("moved")
 	}
 	// The same if it was cut off before it took the mark away.
-	number, master := old.ring.Newest()
+	number, master := old.keys.Newest()
 	if err := putSealed(ctx, w.far, tierName, seal.NewHeader(seal.Tier, 0, number, old.id), map[string]string{"name": "far"}, []byte("{}"), master, "tier"); err != nil {
 		t.Fatal(err)
 	}
@@ -328,7 +328,7 @@ func TestTierUnreachable(t *testing.T) {
 		if _, err := r.Check(ctx, CheckOptions{ReadData: true}); err == nil || !strings.Contains(err.Error(), "tier far") {
 			t.Errorf("%s: check: %v", what, err)
 		}
-		if n := len(r.current().bad); n > 0 {
+		if n := len(r.current().Bad); n > 0 {
 			t.Errorf("%s: %d items are distrusted", what, n)
 		}
 		if infos, err := r.TierInfos(ctx); err != nil || len(infos) != 1 || infos[0].Problem == "" {

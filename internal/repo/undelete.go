@@ -9,10 +9,10 @@ import (
 	"iter"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -127,10 +127,10 @@ func (u *undeleter) all(ctx context.Context) error {
 	names := slices.Sorted(maps.Keys(u.hidden))
 	digests := false
 	for _, name := range names {
-		dir, rest, _ := strings.Cut(name, "/")
+		dir, _, _ := strings.Cut(name, "/")
 		switch dir {
 		case "chain":
-			err = u.object(ctx, name, func(p []byte) bool { return k.isEntry(p, rest) })
+			err = u.object(ctx, name, func(p []byte) bool { return k.isEntry(p, name) })
 		case "keys":
 			err = u.object(ctx, name, func(p []byte) bool { return k.isOurs(p, seal.Slot) })
 		case "keyring":
@@ -172,18 +172,11 @@ func (u *undeleter) all(ctx context.Context) error {
 	return nil
 }
 
-// isEntry reports whether these are the bytes of an entry.
-func (k *keyless) isEntry(p []byte, number string) bool {
-	raw, err := seal.Parse(p, seal.Entry)
-	if err == nil {
-		err = raw.Verify(k.id, k.pub)
-	}
-	var c entryClear
-	if err == nil {
-		err = seal.Unmarshal(raw.Clear, &c)
-	}
-	n, parseErr := strconv.ParseUint(number, 10, 64)
-	return err == nil && parseErr == nil && c.Number == n
+// isEntry reports whether these are the bytes of the entry of that name.
+func (k *keyless) isEntry(p []byte, name string) bool {
+	n, ok := chain.Number(name)
+	_, _, err := chain.Parse(p, n, k.id, k.pub)
+	return ok && err == nil
 }
 
 func (k *keyless) isOurs(p []byte, magic string) bool {

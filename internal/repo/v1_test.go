@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -60,8 +61,8 @@ func makeV1(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forget := entrySealed{Points: []PointID{gone.ID}}
-	if err := r.append(ctx, kindForget, entryClear{}, forget, func(*state) error { return nil }); err != nil {
+	forget := chain.Sealed{Points: []PointID{gone.ID}}
+	if err := r.append(ctx, chain.Forget, chain.Clear{}, forget, func(*chain.State) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"holdfast/internal/osfile"
 )
 
 const runFormat = "holdfast run"
@@ -109,7 +111,7 @@ func drop(path string, l *Lock) error {
 		err = nil
 	}
 	if err == nil {
-		err = syncDir(filepath.Dir(path))
+		err = osfile.SyncDir(filepath.Dir(path))
 	}
 	if rerr := l.Release(); err == nil {
 		err = rerr

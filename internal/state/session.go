@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"holdfast/internal/osfile"
 )
 
 const sessionFormat = "holdfast session"
@@ -48,7 +50,7 @@ func (s *Session) make(at *Session, record any, command string) (*Lock, error) {
 	if err = s.Save(record); err == nil {
 		// A directory that has content is never replaced by a rename.
 		if err = os.Rename(s.path, at.path); err == nil {
-			err = syncDir(filepath.Dir(at.path))
+			err = osfile.SyncDir(filepath.Dir(at.path))
 		}
 	}
 	if err != nil {
@@ -200,7 +202,7 @@ func (s *Session) Remove(held ...*Lock) error {
 		err = nil
 	}
 	if err == nil {
-		err = syncDir(s.path)
+		err = osfile.SyncDir(s.path)
 	}
 	for _, l := range held {
 		l.Release()
@@ -209,7 +211,7 @@ func (s *Session) Remove(held ...*Lock) error {
 		err = os.RemoveAll(s.path)
 	}
 	if err == nil {
-		err = syncDir(filepath.Dir(s.path))
+		err = osfile.SyncDir(filepath.Dir(s.path))
 	}
 	if err != nil {
 		return fmt.Errorf("remove session %s: %w", s.id, err)

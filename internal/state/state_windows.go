@@ -24,6 +24,3 @@ func tryLock(f *os.File) error {
 	}
 	return err
 }
-
-// syncDir: NTFS journals a rename; a directory cannot be flushed.
-func syncDir(string) error { return nil }

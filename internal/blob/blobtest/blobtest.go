@@ -36,10 +36,17 @@ func Store(t *testing.T, open func(t *testing.T) blob.Store) {
 			if err != nil || string(got) != r.want {
 				t.Errorf("get [%d, +%d): %q, %v", r.off, r.n, got, err)
 			}
+			p := make([]byte, len(r.want))
+			if err := blob.Fill(ctx, s, "a/b/one", r.off, p); err != nil || string(p) != r.want {
+				t.Errorf("fill at %d: %q, %v", r.off, p, err)
+			}
 		}
 		for _, r := range [][2]int64{{8, 3}, {11, 1}, {11, -1}, {-1, 2}} {
 			if _, err := s.Get(ctx, "a/b/one", r[0], r[1]); !errors.Is(err, blob.ErrTruncated) {
 				t.Errorf("get [%d, +%d): %v, want ErrTruncated", r[0], r[1], err)
+			}
+			if err := blob.Fill(ctx, s, "a/b/one", r[0], make([]byte, max(1, r[1]))); !errors.Is(err, blob.ErrTruncated) {
+				t.Errorf("fill at %d: %v, want ErrTruncated", r[0], err)
 			}
 		}
 		must(t, s.Put(ctx, "a/two", nil))
@@ -55,6 +62,9 @@ func Store(t *testing.T, open func(t *testing.T) blob.Store) {
 		must(t, s.Delete(ctx, "a/b/one"))
 		if _, err := s.Get(ctx, "a/b/one", 0, -1); !errors.Is(err, blob.ErrNotExist) {
 			t.Errorf("get after delete: %v", err)
+		}
+		if err := blob.Fill(ctx, s, "a/b/one", 0, make([]byte, 1)); !errors.Is(err, blob.ErrNotExist) {
+			t.Errorf("fill after delete: %v", err)
 		}
 		if err := s.Delete(ctx, "a/b/one"); !errors.Is(err, blob.ErrNotExist) {
 			t.Errorf("delete twice: %v", err)

@@ -107,6 +107,9 @@ func Reader(t *testing.T, r disk.Reader, want []byte) {
 			if err := r.ReadAt(ctx, make([]byte, x[1]), x[0]); !errors.Is(err, disk.ErrRange) {
 				t.Errorf("read [%d, +%d) of %d bytes: %v, want ErrRange", x[0], x[1], size, err)
 			}
+			if disk.ReadCached(r, make([]byte, x[1]), x[0]) {
+				t.Errorf("cached read [%d, +%d) of %d bytes", x[0], x[1], size)
+			}
 		}
 		if _, err := disk.Collect(r.Extents(ctx, x[0], x[1])); !errors.Is(err, disk.ErrRange) {
 			t.Errorf("extents [%d, +%d) of %d bytes: %v, want ErrRange", x[0], x[1], size, err)
@@ -122,6 +125,28 @@ func Reader(t *testing.T, r disk.Reader, want []byte) {
 	}
 }
 
+// HalfCached gives r as a disk.Cached that has every other 4 KiB at hand. Reads
+// of r must not wait.
+func HalfCached(r disk.Reader) disk.Reader { return halfCached{r} }
+
+type halfCached struct{ r disk.Reader }
+
+func (h halfCached) Size() int64 { return h.r.Size() }
+func (h halfCached) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return h.r.ReadAt(ctx, p, off)
+}
+func (h halfCached) ReadCached(p []byte, off int64) bool {
+	if off>>12&1 == 0 || (off+int64(len(p))-1)>>12 != off>>12 {
+		clear(p)
+		return false
+	}
+	return h.r.ReadAt(context.Background(), p, off) == nil
+}
+func (h halfCached) Extents(ctx context.Context, off, n int64) disk.Extents {
+	return h.r.Extents(ctx, off, n)
+}
+func (h halfCached) Close() error { return h.r.Close() }
+
 // verify compares a range and its extents with the model.
 func verify(ctx context.Context, r disk.Reader, want []byte, off, n int64) error {
 	p := bytes.Repeat([]byte{0xa5}, int(n))
@@ -134,6 +159,9 @@ func verify(ctx context.Context, r disk.Reader, want []byte, off, n int64) error
 			i++
 		}
 		return fmt.Errorf("read [%d, +%d): byte at %d is %#x, want %#x", off, n, off+i, p[i], want[off+i])
+	}
+	if disk.ReadCached(r, p, off) && !bytes.Equal(p, want[off:off+n]) {
+		return fmt.Errorf("cached read [%d, +%d) differs", off, n)
 	}
 	at := off
 	for e, err := range r.Extents(ctx, off, n) {

@@ -16,6 +16,7 @@ import (
 	"holdfast/internal/disk"
 	"holdfast/internal/hypervisor"
 	"holdfast/internal/image/qcow2"
+	"holdfast/internal/osfile"
 )
 
 // Files on the host. On this machine they are written directly; libvirt gives
@@ -110,7 +111,7 @@ func (h *Host) putFile(ctx context.Context, file string, data []byte) error {
 		err = cerr
 	}
 	if err == nil {
-		err = disk.SyncDir(filepath.Dir(file))
+		err = osfile.SyncDir(filepath.Dir(file))
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(file))

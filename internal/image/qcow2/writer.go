@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"holdfast/internal/disk"
+	"holdfast/internal/osfile"
 )
 
 // Options of a new image.
@@ -136,7 +137,7 @@ func create(path string, lay layout, backing, format string) (*os.File, error) {
 	}
 	err = lay.writeEmpty(f, backing, format)
 	if err == nil {
-		err = disk.SyncDir(filepath.Dir(path))
+		err = osfile.SyncDir(filepath.Dir(path))
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("create %s: %w", path, err), f.Close(), os.Remove(path))

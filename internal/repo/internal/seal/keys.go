@@ -117,3 +117,12 @@ func (h *Hex) UnmarshalJSON(p []byte) error {
 	*h = b
 	return err
 }
+
+// ParseDigest reads a SHA-256, or an id of that length, in 64 hex digits.
+func ParseDigest(s string) (d [32]byte, err error) {
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != 32 {
+		return d, fmt.Errorf("%w: digest %.80q", ErrDamaged, s)
+	}
+	return [32]byte(b), nil
+}

@@ -183,6 +183,17 @@ func (d *Document) Marshal(key *Key, purpose string, sign ed25519.PrivateKey) ([
 	return p, nil
 }
 
+// MarshalUnsigned is Marshal for a document without a signature, whose clear part
+// is given as what its JSON shows.
+func MarshalUnsigned(h Header, clear any, content []byte, key *Key, purpose string) ([]byte, error) {
+	c, err := json.Marshal(clear)
+	if err != nil {
+		return nil, err
+	}
+	d := Document{Header: h, Clear: c, Sealed: content}
+	return d.Marshal(key, purpose, nil)
+}
+
 // Raw is a document as stored: checked for form, and for its signature once
 // Verify said so, not opened.
 type Raw struct {
@@ -217,6 +228,16 @@ func Parse(p []byte, magic string) (*Raw, error) {
 		r.signed, r.sig = p[:end+s], p[end+s:]
 	}
 	return r, nil
+}
+
+// ParseOf is Parse for a document of that repository; ErrForeign for one of
+// another.
+func ParseOf(p []byte, magic string, repo [16]byte) (*Raw, error) {
+	r, err := Parse(p, magic)
+	if err == nil && r.Header.Repo != repo {
+		err = ErrForeign
+	}
+	return r, err
 }
 
 // Verify checks repository and signature.

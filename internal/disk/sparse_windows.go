@@ -6,11 +6,6 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// SyncDir makes names created, renamed or removed in the directory durable.
-// It does nothing on Windows, where NTFS journals them by itself and a
-// directory cannot be opened for it.
-func SyncDir(string) error { return nil }
-
 // MarkSparse marks a new file so that what was never written takes no storage.
 // FSCTL_SET_SPARSE, [MS-FSCC] 2.3.67. A filesystem without sparse files
 // (FAT) refuses it, which costs space and nothing else.

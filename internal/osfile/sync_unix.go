@@ -1,6 +1,6 @@
 //go:build unix
 
-package disk
+package osfile
 
 import (
 	"errors"
@@ -17,7 +17,3 @@ func SyncDir(dir string) error {
 	}
 	return errors.Join(f.Sync(), f.Close())
 }
-
-// MarkSparse prepares a new file for holes, where that must be asked for: on
-// Windows only.
-func MarkSparse(*os.File) error { return nil }
