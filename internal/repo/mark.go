@@ -93,9 +93,6 @@ const (
 	chunkBits   = 20
 	// resolvers is in how many parts, side by side.
 	resolvers = 2
-	// releaseAfter is after how many nodes, each looked up at a random place of
-	// the index, its memory is given back: up to 2 MB each time.
-	releaseAfter = 8
 )
 
 // packMark is a pack of the inventory.
@@ -414,8 +411,17 @@ func (m *marker) disk(ctx context.Context, p PointID, before, root tree.Root) er
 		if level == 0 {
 			return m.need(was, n, point)
 		}
+		below := make([]tree.ID, tree.Fanout)
+		m.mu.Lock()
 		for i, c := range n.Children {
-			if c == (tree.ID{}) || c == was.Children[i] {
+			if c != was.Children[i] && !m.nodes[c] {
+				below[i] = c
+			}
+		}
+		m.mu.Unlock()
+		m.r.ahead(gctx, below, level-1)
+		for i, c := range below {
+			if c == (tree.ID{}) {
 				continue
 			}
 			if !g.TryGo(func() error { return walk(was.Children[i], c, level-1) }) {
@@ -456,11 +462,7 @@ func (m *marker) need(was, n *tree.Node, point int32) error {
 	if m.chunks.n >= batchChunks {
 		full, m.chunks = m.chunks, nil
 	}
-	many := len(m.nodes)%releaseAfter == 0
 	m.mu.Unlock()
-	if many {
-		m.r.index.Release()
-	}
 	if full == nil {
 		return nil
 	}

@@ -78,13 +78,3 @@ func (w *walker) release() {
 	release(w.s.data[(w.released+1)*pageLen : (w.page+1)*pageLen])
 	w.released = w.page
 }
-
-// Release gives the memory back that lookups have touched: the files stay
-// mapped, and are read again. It makes the process look as small as it is.
-func (x *Index) Release() {
-	x.mu.RLock()
-	defer x.mu.RUnlock()
-	for _, s := range x.segments {
-		release(s.data)
-	}
-}
