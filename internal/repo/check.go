@@ -256,8 +256,7 @@ func (c *checker) stored(ctx context.Context) error {
 		}
 	}
 	var done int64
-	heads, _ := c.r.readers(packReaders)
-	head := make(chan struct{}, heads)
+	head := c.r.heads(packReaders)
 	buffers := make(chan []byte, packReaders)
 	for range packReaders {
 		buffers <- nil

@@ -143,15 +143,8 @@ func (d *DiskReader) ReadCached(p []byte, off int64) bool {
 	return true
 }
 
-// releaseEvery is how many chunks are read one by one until the parts of the index
-// that were touched for them are given back: each may bring 64 KiB into memory.
-const releaseEvery = 512
-
 // chunk reads one whole chunk.
 func (d *DiskReader) chunk(ctx context.Context, dst []byte, id pack.ID) ([]byte, error) {
-	if d.r.single.Add(1)%releaseEvery == 0 {
-		d.r.index.Release()
-	}
 	n := len(dst)
 	dst, err := d.r.item(ctx, dst, id, ChunkSize)
 	if err == nil && len(dst)-n != ChunkSize {

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"hash"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/zeebo/blake3"
@@ -138,7 +137,6 @@ type Repo struct {
 	openers openerCache
 	nodes   lru[pack.ID, *tree.Node]
 	chunks  chunkCache
-	single  atomic.Int64 // chunks read one by one
 }
 
 // ID is the repository's id: 32 lower-case hex digits.

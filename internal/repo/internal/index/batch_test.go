@@ -78,7 +78,6 @@ func TestBatch(t *testing.T) {
 				t.Errorf("limit %d: %d of %d ids, %v", limit, i, len(ids), err)
 			}
 		}
-		many.Release()
 		if got, err := many.Lookup(known[0], nil); err != nil || len(got) == 0 {
 			t.Errorf("after a release: %v, %v", got, err)
 		}

@@ -134,8 +134,8 @@ func (s *segment) firstID(i int64) []byte {
 	return s.data[(i+1)*pageLen+4 : (i+1)*pageLen+36]
 }
 
-// lookup appends to places where id lies.
-func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
+// first gives the page on which id begins, if it is there.
+func (s *segment) first(id pack.ID) int64 {
 	// The last page whose first id is not above id. Ids are uniform, so that
 	// guessing by their values ends after few steps, all in one place of the
 	// file. Halving ends it for others.
@@ -157,7 +157,12 @@ func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
 	for i > 0 && bytes.Equal(s.firstID(i), id[:]) {
 		i--
 	}
-	for ; i < s.pages && bytes.Compare(s.firstID(i), id[:]) <= 0; i++ {
+	return i
+}
+
+// lookup appends to places where id lies.
+func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
+	for i := s.first(id); i < s.pages && bytes.Compare(s.firstID(i), id[:]) <= 0; i++ {
 		p, err := s.page(i)
 		if err != nil {
 			return places, err
