@@ -12,7 +12,6 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/keyring"
-	"holdfast/internal/repo/internal/seal"
 )
 
 // A single damaged byte in any object is found by check --read-data, or the
@@ -152,9 +151,7 @@ func newRotten(t *testing.T, rng *rand.Rand) *rotten {
 		t.Fatal(err)
 	}
 	run.fail(errClosed)
-	number, master := r.keys.Newest()
-	err = putSealed(ctx, w.store, run.beatName(1), seal.NewHeader(seal.Beat, 0, number, r.id), map[string]int{"beat": 1}, []byte("{}"), master, "lease")
-	if err != nil {
+	if err := r.leases.Beat(ctx, run.lease, 1); err != nil {
 		t.Fatal(err)
 	}
 	if w.names, err = blob.Names(ctx, w.store, ""); err != nil || len(w.names) < 14 {

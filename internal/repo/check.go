@@ -195,7 +195,7 @@ func (c *checker) indexes(ctx context.Context) error {
 	for d := range s.Indexes {
 		packs, err := c.r.readIndex(ctx, d)
 		if errors.Is(err, ErrDamaged) {
-			c.problem(Problem{Object: indexName(d), What: err.Error()})
+			c.problem(Problem{Object: index.Name(d), What: err.Error()})
 			if err := c.still(ctx); err != nil {
 				return err
 			}

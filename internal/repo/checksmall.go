@@ -8,31 +8,28 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/keyring"
+	"holdfast/internal/repo/internal/lease"
 	"holdfast/internal/repo/internal/seal"
 )
 
 // small reads leases, beats and pins. No data is lost with one of them, but
 // prune waits for a lease that it cannot read, and refuses for a pin.
 func (c *checker) small(ctx context.Context) error {
-	names, err := blob.Names(ctx, c.r.store, "leases/")
-	pins, pinsErr := blob.Names(ctx, c.r.store, "pins/")
+	names, err := c.r.leases.There(ctx)
+	pins, pinsErr := c.r.leases.Pins(ctx)
 	if err = errors.Join(err, pinsErr); err != nil {
 		return err
 	}
 	for _, name := range append(names, pins...) {
-		session, _, beat := splitName(name)
-		var what string
+		session, _, more := lease.Split(name)
+		what := "prune waits for its run; if that has died, \"holdfast prune --wait\" finds out and ends it"
 		switch {
 		case strings.HasPrefix(name, "pins/"):
-			_, err = c.r.readPin(ctx, name)
 			what = fmt.Sprintf("prune refuses as long as it is there; when its session is gone for certain: holdfast unpin %s --force", session)
-		case beat:
-			err = c.r.readBeat(ctx, name)
+		case more:
 			what = "only its name counts; it goes with its run"
-		default:
-			_, err = c.r.readLease(ctx, session)
-			what = "prune waits for its run; if that has died, \"holdfast prune --wait\" finds out and ends it"
 		}
+		err := c.r.leases.Check(ctx, name)
 		switch {
 		case err == nil, errors.Is(err, blob.ErrNotExist), errors.Is(err, seal.ErrForeign):
 		case errors.Is(err, ErrDamaged):
@@ -40,21 +37,6 @@ func (c *checker) small(ctx context.Context) error {
 		default:
 			return err
 		}
-	}
-	return nil
-}
-
-func (r *Repo) readBeat(ctx context.Context, name string) error {
-	raw, err := getDocument(ctx, r.store, name, seal.Beat, r.id)
-	if err != nil {
-		return err
-	}
-	master, err := r.master(ctx, raw.Header.Key)
-	if err == nil {
-		_, err = raw.Open(master, "lease")
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
 	}
 	return nil
 }

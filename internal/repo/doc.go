@@ -19,6 +19,7 @@
 //
 //	repo            what is done when: runs, reading, prune, check, copy, tiers, locks
 //	├ chain         the chain of commits: entries, the state they fold into, checkpoints
+//	├ lease         leases, beats and pins: who is under way
 //	├ keyring       key slots, keyrings, passphrases and recovery keys
 //	├ index         where items lie: the cache of index objects
 //	├ tree          disk maps

@@ -380,15 +380,8 @@ func (r *Repo) dissectPack(ctx context.Context, o *Object, p []byte) error {
 }
 
 func openIndex(clear, content []byte) ([]PackItems, error) {
-	var c indexClear
-	if err := seal.Unmarshal(clear, &c); err != nil {
-		return nil, err
-	}
-	packs := make([]index.Pack, len(c.Packs))
-	for i, row := range c.Packs {
-		packs[i] = index.Pack{Name: row.Name, Size: row.Size, Kind: row.Kind}
-	}
-	if err := index.Unmarshal(content, packs); err != nil {
+	packs, err := index.Unmarshal(clear, content)
+	if err != nil {
 		return nil, err
 	}
 	out := make([]PackItems, len(packs))
@@ -441,7 +434,7 @@ func (r *Repo) Index(ctx context.Context, id string) (packs []PackItems, places 
 		return nil, nil, err
 	}
 	if r.current().Indexes[d] {
-		o, err := r.Object(ctx, indexName(d), false)
+		o, err := r.Object(ctx, index.Name(d), false)
 		if err != nil {
 			return nil, nil, err
 		}

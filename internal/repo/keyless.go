@@ -13,6 +13,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -137,40 +138,26 @@ func (k *keyless) keys(ctx context.Context) error {
 // indexes reads the live index objects' clear parts.
 func (k *keyless) indexes(ctx context.Context) error {
 	for d := range k.live {
-		c, err := k.index(ctx, d)
+		p, err := k.store.Get(ctx, index.Name(d), 0, -1)
+		var o *index.Object
+		if err == nil {
+			o, err = index.Parse(p, d, k.id, k.pub)
+		}
 		if errors.Is(err, ErrDamaged) || errors.Is(err, seal.ErrForeign) || errors.Is(err, blob.ErrNotExist) {
-			k.problem(indexName(d), err.Error())
+			k.problem(index.Name(d), err.Error())
 			continue
 		} else if err != nil {
 			return err
 		}
-		for _, row := range c.Packs {
-			if _, twice := k.packs[row.Name]; !twice {
-				k.report.PackBytes += row.Size
+		for _, pack := range o.Packs {
+			if _, twice := k.packs[pack.Name]; !twice {
+				k.report.PackBytes += pack.Size
 			}
-			k.packs[row.Name] = packInfo{size: row.Size, index: d}
+			k.packs[pack.Name] = packInfo{size: pack.Size, index: d}
 		}
 	}
 	k.report.Packs = len(k.packs)
 	return nil
-}
-
-func (k *keyless) index(ctx context.Context, d [32]byte) (c indexClear, err error) {
-	p, err := k.store.Get(ctx, indexName(d), 0, -1)
-	if err != nil {
-		return c, err
-	}
-	if sha256.Sum256(p) != d {
-		return c, fmt.Errorf("%w: its bytes are not what its name says", ErrDamaged)
-	}
-	raw, err := seal.Parse(p, seal.Index)
-	if err == nil {
-		err = raw.Verify(k.id, k.pub)
-	}
-	if err != nil {
-		return c, err
-	}
-	return c, seal.Unmarshal(raw.Clear, &c)
 }
 
 // stored looks at the packs.

@@ -92,7 +92,7 @@ func TestLesson07NoClockDecides(t *testing.T) {
 // Lesson 6: who owned the maintenance was told by its host's name, which two
 // hosts shared. Here a host's name is written for people, and read by nobody.
 func TestLesson06NoHostNameDecides(t *testing.T) {
-	known := map[string]string{"Repo.begin": "in the lease, for people", "Repo.putPin": "in the pin, for people"}
+	known := map[string]string{"Repo.begin": "in the lease, for people", "Repo.Pin": "in the pin, for people"}
 	uses(t, known, func(pkg, name string) bool { return pkg == "os" && name == "Hostname" })
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/keyring"
 )
 
@@ -213,7 +214,7 @@ func (r *Repo) common(ctx context.Context, s *chain.State) ([]string, error) {
 		names = append(names, chain.Name(n))
 	}
 	for d := range s.Indexes {
-		names = append(names, indexName(d))
+		names = append(names, index.Name(d))
 	}
 	return names, nil
 }

@@ -109,7 +109,7 @@ func unprotected(store *blobtest.Locking, r *Repo, p *Point, entry uint64, until
 	}
 	for d := range r.current().Indexes {
 		if r.current().Added[d].Entry <= entry {
-			want(locked(indexName(d), digest(d)), indexName(d))
+			want(locked(index.Name(d), digest(d)), index.Name(d))
 		}
 	}
 	for _, prefix := range []string{"keys/", "keyring/"} {

@@ -16,6 +16,7 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/lease"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
@@ -223,7 +224,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 		return err
 	}
 	for id, session := range m.pins { // what lacks chunks only because it is gone
-		if _, live := s.Points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, pinName(session, id)) {
+		if _, live := s.Points[id]; !live && m.lost[id] > 0 && m.withdrawn(ctx, lease.PinName(session, id)) {
 			delete(m.lost, id)
 			m.pinned--
 		}
@@ -234,7 +235,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 // open lists open leases but the own, which must be listed: else the listing
 // is not complete.
 func (m *marker) open(ctx context.Context, s *chain.State) (map[string]Lease, error) {
-	open, err := m.r.leases(ctx, s)
+	open, err := m.r.openLeases(ctx, s)
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
 	}
@@ -607,14 +608,14 @@ func (m *marker) newer(a, b *index.Place) bool {
 // readPins walks the points that are forgotten and pinned. It lists the pins after
 // the chain was read: who pins a point looks for it in the chain after.
 func (m *marker) readPins(ctx context.Context, s *chain.State) error {
-	names, err := blob.Names(ctx, m.r.store, "pins/")
+	names, err := m.r.leases.Pins(ctx)
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
 	}
 	pinned := map[PointID]string{} // and by whom
 	for _, name := range names {
-		id, err := m.r.readPin(ctx, name)
-		session, _, _ := splitName(name)
+		id, err := m.r.leases.ReadPin(ctx, name)
+		session, _, _ := lease.Split(name)
 		if errors.Is(err, blob.ErrNotExist) {
 			continue
 		} else if err != nil {
@@ -637,7 +638,7 @@ func (m *marker) readPins(ctx context.Context, s *chain.State) error {
 			continue
 		}
 		err := m.point(ctx, p)
-		if errors.Is(err, ErrRefused) && m.withdrawn(ctx, pinName(session, id)) {
+		if errors.Is(err, ErrRefused) && m.withdrawn(ctx, lease.PinName(session, id)) {
 			continue
 		}
 		if err != nil {
@@ -662,33 +663,6 @@ func (m *marker) withdrawn(ctx context.Context, name string) bool {
 		}
 	}
 	return false
-}
-
-// readPin gives the point that a pin names, inside as well as in its name.
-func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
-	raw, err := getDocument(ctx, r.store, name, seal.Pin, r.id)
-	if err != nil {
-		return "", err
-	}
-	master, err := r.keys.Master(raw.Header.Key)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", name, err)
-	}
-	content, err := raw.Open(master, "pin")
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", name, err)
-	}
-	var pin struct {
-		Session string  `json:"session"`
-		Point   PointID `json:"point"`
-	}
-	if err := seal.Unmarshal(content, &pin); err != nil {
-		return "", fmt.Errorf("%s: %w", name, err)
-	}
-	if name != fmt.Sprintf("pins/%s.%s", pin.Session, pin.Point) {
-		return "", fmt.Errorf("%s: %w: its name is not what it says", name, ErrDamaged)
-	}
-	return pin.Point, nil
 }
 
 // shielded reports whether what was added so belongs to a run that is under way:

@@ -110,7 +110,7 @@ func (r *Repo) readMany(ctx context.Context, list [][32]byte, f func(d [32]byte,
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(indexReaders)
 	for _, d := range list {
-		n := min(indexBytes, max(1, sizes[indexName(d)]))
+		n := min(indexBytes, max(1, sizes[index.Name(d)]))
 		if room.Acquire(gctx, n) != nil {
 			break // said below
 		}

@@ -192,7 +192,7 @@ func TestMergeLocked(t *testing.T) {
 	}
 	left := func() (n int) {
 		for d := range old {
-			if _, err := store.Get(ctx, indexName(d), 0, 1); err == nil {
+			if _, err := store.Get(ctx, index.Name(d), 0, 1); err == nil {
 				n++
 			}
 		}

@@ -13,6 +13,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/keyring"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -159,7 +160,7 @@ func (m *mirrorer) indexes(ctx context.Context) error {
 	g.SetLimit(mirroring)
 	for d := range m.s.Indexes {
 		g.Go(func() error {
-			return m.copy(gctx, indexName(d), func(p []byte) bool { return sha256.Sum256(p) == d })
+			return m.copy(gctx, index.Name(d), func(p []byte) bool { return sha256.Sum256(p) == d })
 		})
 	}
 	return g.Wait()

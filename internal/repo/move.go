@@ -162,7 +162,7 @@ func (r *Repo) turn(ctx context.Context, run *Run, tier string, back bool, watch
 // dead ones. Who is left is told in the error.
 func (r *Repo) outwait(ctx context.Context, tier string, watch time.Duration, revoked *[]string, matters func(string, Lease) bool) error {
 	others := func() (map[string]Lease, error) {
-		open, err := r.leases(ctx, r.current())
+		open, err := r.openLeases(ctx, r.current())
 		maps.DeleteFunc(open, func(session string, l Lease) bool {
 			return l.Tier != tier && l.Tier != "?" || !matters(session, l)
 		})

@@ -20,6 +20,7 @@ import (
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/keyring"
+	"holdfast/internal/repo/internal/lease"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -140,6 +141,7 @@ func Open(ctx context.Context, s blob.Store, passphrase []byte, o Options) (*Rep
 	r.deriveIDs()
 	r.nodes.max, r.chunks.max = nodeCacheCount, chunkCacheBytes/ChunkSize
 	r.openers.lru.max = openerCount
+	r.leases = &lease.Leases{Store: tiers, Repo: id, Newest: r.keys.Newest, Master: r.master}
 	r.chain = &chain.Chain{Store: tiers, Repo: id, Verify: r.pub, Config: sha256.Sum256(p), Made: c.Created,
 		Master: r.master, Newest: r.keys.Newest, Sign: r.sign, Memory: filepath.Join(r.cache, "head")}
 	r.state = r.chain.Genesis()

@@ -12,6 +12,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 )
@@ -173,8 +174,8 @@ func (p *pruner) start(ctx context.Context) error {
 		return err
 	}
 	for d := range p.m.old.Indexes {
-		if _, there := slices.BinarySearch(p.indexes, indexName(d)); p.m.state.Indexes[d] && !there {
-			return refuse("the store does not list %s, which is there: its listing cannot be relied on", indexName(d))
+		if _, there := slices.BinarySearch(p.indexes, index.Name(d)); p.m.state.Indexes[d] && !there {
+			return refuse("the store does not list %s, which is there: its listing cannot be relied on", index.Name(d))
 		}
 	}
 	p.report.Packs = len(p.m.packs)

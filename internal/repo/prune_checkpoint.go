@@ -8,6 +8,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/lease"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -69,13 +70,13 @@ func (p *pruner) writeCheckpoint(ctx context.Context) error {
 // abridged is the state that was marked, without what can matter to nobody any
 // more.
 func (p *pruner) abridged(ctx context.Context) (*chain.State, error) {
-	names, err := blob.Names(ctx, p.r.store, "leases/")
+	names, err := p.r.leases.There(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
 	}
 	left := map[string]bool{}
 	for _, name := range names {
-		session, _, _ := splitName(name)
+		session, _, _ := lease.Split(name)
 		left[session] = true
 	}
 	return p.m.state.Abridged(chain.Needless{
@@ -84,7 +85,7 @@ func (p *pruner) abridged(ctx context.Context) (*chain.State, error) {
 			_, listed := p.m.there[name]
 			return !listed && p.m.packs[name] == nil
 		},
-		Horizon: horizon(p.m.after),
+		Horizon: lease.Horizon(p.m.after),
 		Point:   func(id PointID) bool { return p.m.pins[id] == "" },
 	}), nil
 }

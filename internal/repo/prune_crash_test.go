@@ -101,7 +101,7 @@ func (w *crashWorld) proves(t *testing.T, what string, store *blob.Mem, committe
 
 func mustLeases(t *testing.T, r *Repo) map[string]Lease {
 	t.Helper()
-	open, err := r.leases(ctx, r.current())
+	open, err := r.openLeases(ctx, r.current())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -284,9 +284,7 @@ func TestPruneWatch(t *testing.T) {
 		if step != "watch" {
 			return
 		}
-		number, master := r.keys.Newest()
-		err := putSealed(ctx, store, alive.beatName(1), seal.NewHeader(seal.Beat, 0, number, r.id), map[string]int{"beat": 1}, []byte("{}"), master, "lease")
-		if err != nil {
+		if err := r.leases.Beat(ctx, alive.lease, 1); err != nil {
 			t.Error(err)
 		}
 	}}

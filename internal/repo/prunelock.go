@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/internal/blob"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -117,7 +118,7 @@ func (p *pruner) lockOwn(ctx context.Context) error {
 	}
 	p.run.mu.Unlock()
 	for _, i := range p.run.shelf {
-		names = append(names, indexName(i.digest))
+		names = append(names, index.Name(i.digest))
 	}
 	return p.r.lock(ctx, names, wantedLock(s.Locks.Immutability, p.r.now()))
 }
@@ -132,11 +133,11 @@ func (p *pruner) lockIndexes(ctx context.Context, digests []seal.Hex, old [][32]
 	}
 	want := wantedLock(s.Locks.Immutability, p.r.now())
 	for _, d := range old {
-		want.Until = later(want.Until, p.r.locks.get(indexName(d)).Until.Add(-time.Second))
+		want.Until = later(want.Until, p.r.locks.get(index.Name(d)).Until.Add(-time.Second))
 	}
 	var names []string
 	for _, d := range digests {
-		names = append(names, indexName([32]byte(d)))
+		names = append(names, index.Name([32]byte(d)))
 	}
 	return p.r.lock(ctx, names, want)
 }

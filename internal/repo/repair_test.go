@@ -90,7 +90,7 @@ func TestReadTwice(t *testing.T) {
 	before, _ := blob.Names(ctx, faulty.Inner, "chain/")
 	for at := 1; at < 40; at++ {
 		f := &blobtest.Faulty{Inner: faulty.Inner, At: at, Cut: true}
-		r.store = f
+		r.store, r.chain.Store, r.keys.Store, r.leases.Store = f, f, f, f
 		if report, err := r.Check(ctx, CheckOptions{ReadData: true}); err == nil && f.Calls() >= at {
 			t.Fatalf("cut at call %d: %+v", at, report)
 		}

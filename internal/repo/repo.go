@@ -18,6 +18,7 @@ import (
 	"holdfast/internal/repo/internal/codec"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/keyring"
+	"holdfast/internal/repo/internal/lease"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
@@ -103,14 +104,15 @@ const (
 
 // Repo is an open repository. Safe in parallel, but for Close.
 type Repo struct {
-	store blob.Store // is tiers
-	tiers *blob.Tiers
-	id    [16]byte
-	pub   ed25519.PublicKey
-	sign  ed25519.PrivateKey
-	keys  *keyring.Keys
-	chain *chain.Chain
-	cache string // directory of this repository's cache
+	store  blob.Store // is tiers
+	tiers  *blob.Tiers
+	id     [16]byte
+	pub    ed25519.PublicKey
+	sign   ed25519.PrivateKey
+	keys   *keyring.Keys
+	leases *lease.Leases
+	chain  *chain.Chain
+	cache  string // directory of this repository's cache
 
 	openTier func(ctx context.Context, location string) (blob.Store, error)
 	mirrorOf string // the tier that the own store is; "" when it is the repository's own

@@ -2,7 +2,6 @@ package repo
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -11,11 +10,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
-	"holdfast/internal/repo/internal/seal"
 	"holdfast/internal/repo/internal/tree"
 )
 
@@ -97,23 +94,12 @@ func (r *Repo) Begin(ctx context.Context, session string) (*Run, error) {
 
 // begin is Begin; tier is the one whose packs will be moved, or "".
 func (r *Repo) begin(ctx context.Context, session, tier string) (*Run, error) {
-	lease := session
 	host, _ := os.Hostname()
-	l := map[string]any{"host": host, "pid": os.Getpid()}
-	if tier != "" {
-		l["tier"] = tier
-	}
-	who, err := json.Marshal(l)
-	if err != nil {
-		return nil, err
-	}
-	number, master := r.keys.Newest()
-	clear := map[string]any{"lease": lease, "chain": r.current().Head}
-	err = putSealed(ctx, r.store, "leases/"+lease, seal.NewHeader(seal.Lease, 0, number, r.id), clear, who, master, "lease")
+	err := r.leases.Begin(ctx, Lease{Session: session, Host: host, PID: os.Getpid(), Chain: r.current().Head, Tier: tier})
 	if err != nil {
 		return nil, fmt.Errorf("open a lease: %w", err)
 	}
-	run := &Run{r: r, lease: lease, slots: make(chan struct{}, storingPacks), moreSlots: make(chan struct{}, storingPacks),
+	run := &Run{r: r, lease: session, slots: make(chan struct{}, storingPacks), moreSlots: make(chan struct{}, storingPacks),
 		fresh: map[pack.ID]bool{}, freshNodes: map[pack.ID]*tree.Node{}, announced: time.Now(), uses: map[[32]byte]bool{}, basis: map[Root]tree.Root{}}
 	run.ctx, run.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	run.nodes = &packer{run: run, kind: pack.Nodes, target: nodePackBytes}
@@ -144,16 +130,9 @@ func (run *Run) beat() {
 			return
 		case <-t.C:
 		}
-		number, master := run.r.keys.Newest()
-		err := putSealed(run.ctx, run.r.store, run.beatName(n), seal.NewHeader(seal.Beat, 0, number, run.r.id),
-			map[string]int{"beat": n}, []byte("{}"), master, "lease")
-		if err == nil && n > 1 {
-			run.r.store.Delete(run.ctx, run.beatName(n-1)) // Close deletes what is left
-		}
+		_ = run.r.leases.Beat(run.ctx, run.lease, n)
 	}
 }
-
-func (run *Run) beatName(n int) string { return fmt.Sprintf("leases/%s.%012d", run.lease, n) }
 
 // failed is why the run can go on no more.
 func (run *Run) failed() error {
@@ -405,21 +384,11 @@ func (run *Run) endLease(ctx context.Context) error { return run.r.EndLease(ctx,
 // LeaseOpen reports whether a session's run is under way, or died without
 // ending its lease, on this machine or another.
 func (r *Repo) LeaseOpen(ctx context.Context, session string) (bool, error) {
-	names, err := blob.Names(ctx, r.store, "leases/"+session)
-	return len(names) > 0, err
+	return r.leases.Exists(ctx, session)
 }
 
 // EndLease deletes the lease of a session whose process is known to be dead.
 // One already gone is no error.
 func (r *Repo) EndLease(ctx context.Context, session string) error {
-	lease := "leases/" + session
-	names, err := blob.Names(ctx, r.store, lease)
-	// The lease itself, which sorts first, goes last: a lease without beats is
-	// alive, a beat without its lease is nothing.
-	for _, name := range slices.Backward(names) {
-		if delErr := r.store.Delete(ctx, name); !errors.Is(delErr, blob.ErrNotExist) {
-			err = errors.Join(err, delErr)
-		}
-	}
-	return err
+	return r.leases.End(ctx, session)
 }

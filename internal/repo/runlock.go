@@ -9,6 +9,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
 )
@@ -105,7 +106,7 @@ func (run *Run) lockFor(ctx context.Context, s *chain.State, p *Point, report fu
 		extends = extends || !r.locks.holds(packName(name), want)
 	}
 	for _, i := range run.shelf {
-		names = append(names, indexName(i.digest))
+		names = append(names, index.Name(i.digest))
 	}
 	if extends {
 		// The version that is shown gets the lock: it must be the right one.

@@ -190,7 +190,7 @@ func TestPinOfNobody(t *testing.T) {
 		if n, _ := stored(t, w.store, "pins/"); n > 0 {
 			t.Error("a pin of what is known to be gone was left")
 		}
-		if err := w.other.putPin(ctx, "aa", w.dead.ID); err != nil {
+		if err := w.other.leases.Pin(ctx, "aa", w.dead.ID, ""); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := w.other.Prune(ctx, unwatched); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "holdfast unpin aa --force") {

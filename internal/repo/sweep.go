@@ -16,6 +16,7 @@ import (
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
+	"holdfast/internal/repo/internal/lease"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -26,7 +27,7 @@ const deleting = 8
 // go and those that wait for a run that began before they were put there.
 // Leases were listed after the chain was read, so after every quarantine in it.
 func (p *pruner) due() (free, wait [][32]byte) {
-	h := horizon(p.m.after)
+	h := lease.Horizon(p.m.after)
 	for name, entry := range p.m.state.Quarantine {
 		k := p.m.packs[name]
 		_, listed := p.m.there[name]
@@ -203,7 +204,7 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 	g.SetLimit(deleting)
 	for _, d := range indexes {
 		g.Go(func() error {
-			if err := p.r.forget(ctx, indexName(d)); err != nil {
+			if err := p.r.forget(ctx, index.Name(d)); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				failed = append(failed, err)
@@ -247,12 +248,12 @@ func (p *pruner) end(ctx context.Context) error {
 // committed or revoked, and, when no run is open, index objects that no entry
 // lists: replaced by a sweep, or never added by a run that died.
 func (p *pruner) tidy(ctx context.Context) error {
-	names, err := blob.Names(ctx, p.r.store, "leases/")
+	names, err := p.r.leases.There(ctx)
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		session, _, _ := splitName(name)
+		session, _, _ := lease.Split(name)
 		if p.m.state.Over[session] == 0 {
 			continue
 		}

@@ -9,6 +9,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/tree"
 )
 
@@ -131,7 +132,7 @@ func (r *Repo) countWhole(ctx context.Context, s *chain.State, info *TierInfo, h
 	}
 	listed := map[[32]byte]bool{} // packs
 	for d := range s.Indexes {
-		if _, ok := slices.BinarySearch(indexes, indexName(d)); !ok {
+		if _, ok := slices.BinarySearch(indexes, index.Name(d)); !ok {
 			continue
 		}
 		packs, err := r.readIndex(ctx, d)

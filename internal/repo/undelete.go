@@ -13,6 +13,7 @@ import (
 
 	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
+	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/seal"
 )
 
@@ -150,7 +151,7 @@ func (u *undeleter) all(ctx context.Context) error {
 		return err
 	}
 	for d := range k.live {
-		if err := u.named(ctx, indexName(d), d); err != nil {
+		if err := u.named(ctx, index.Name(d), d); err != nil {
 			return err
 		}
 	}

@@ -46,9 +46,9 @@ type Clear struct {
 	Number   uint64     `json:"number"`
 	Previous seal.Hex   `json:"previous"`
 	Time     time.Time  `json:"time"`
-	Adds     []seal.Hex `json:"adds,omitempty"`
-	Drops    []seal.Hex `json:"drops,omitempty"`
-	Lease    string     `json:"lease,omitempty"`
+	Adds     []seal.Hex `json:"adds,omitempty"`  // index objects that count from now on
+	Drops    []seal.Hex `json:"drops,omitempty"` // index objects that count no more
+	Lease    string     `json:"lease,omitempty"` // of the run that a commit or a revocation ends, or that adds
 	Start    uint64     `json:"start,omitempty"` // State.Older after this entry
 	Tiers    int        `json:"tiers,omitempty"` // how many, where an entry tells them
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -263,18 +264,10 @@ func (s *State) HasRoot(root Root) bool {
 
 func (s *State) clone() *State {
 	c := *s
-	c.Points, c.Committed, c.Indexes, c.Over = cloneMap(s.Points), cloneMap(s.Committed), cloneMap(s.Indexes), cloneMap(s.Over)
-	c.Quarantine, c.Bad, c.Removed = cloneMap(s.Quarantine), cloneMap(s.Bad), cloneMap(s.Removed)
-	c.Forgotten, c.Keep, c.Added = cloneMap(s.Forgotten), cloneMap(s.Keep), cloneMap(s.Added)
-	c.Order = append([]PointID(nil), s.Order...)
+	c.Points, c.Committed, c.Indexes, c.Over = maps.Clone(s.Points), maps.Clone(s.Committed), maps.Clone(s.Indexes), maps.Clone(s.Over)
+	c.Quarantine, c.Bad, c.Removed = maps.Clone(s.Quarantine), maps.Clone(s.Bad), maps.Clone(s.Removed)
+	c.Forgotten, c.Keep, c.Added = maps.Clone(s.Forgotten), maps.Clone(s.Keep), maps.Clone(s.Added)
+	c.Order = slices.Clone(s.Order)
 	c.gaps, c.healed = slices.Clip(s.gaps), slices.Clip(s.healed)
 	return &c
-}
-
-func cloneMap[K comparable, V any](m map[K]V) map[K]V {
-	c := make(map[K]V, len(m)+1)
-	for k, v := range m {
-		c[k] = v
-	}
-	return c
 }

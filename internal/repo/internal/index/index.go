@@ -31,8 +31,8 @@ type Item struct {
 	Stored uint32 // sealed length, bytes
 }
 
-// Marshal gives the content of an index object (docs/format.md §5).
-func Marshal(packs []Pack) []byte {
+// marshal gives the content of an index object (docs/format.md §5).
+func marshal(packs []Pack) []byte {
 	var p []byte
 	for _, k := range packs {
 		p = binary.LittleEndian.AppendUint32(p, uint32(len(k.Items)))
@@ -44,8 +44,8 @@ func Marshal(packs []Pack) []byte {
 	return p
 }
 
-// Unmarshal fills in the items of packs whose names and sizes are known.
-func Unmarshal(p []byte, packs []Pack) error {
+// unmarshal fills in the items of packs whose names and sizes are known.
+func unmarshal(p []byte, packs []Pack) error {
 	for i := range packs {
 		if len(p) < 4 {
 			return fmt.Errorf("%w: index object ends before pack %d", seal.ErrDamaged, i)

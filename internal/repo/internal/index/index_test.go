@@ -92,7 +92,7 @@ func TestModel(t *testing.T) {
 		for i, k := range packs {
 			back[i] = Pack{Name: k.Name, Size: k.Size, Kind: k.Kind}
 		}
-		if err := Unmarshal(Marshal(packs), back); err != nil {
+		if err := unmarshal(marshal(packs), back); err != nil {
 			t.Fatal(err)
 		}
 		if err := x.Add(src, back); err != nil {
@@ -188,13 +188,13 @@ func TestDamage(t *testing.T) {
 func FuzzUnmarshal(f *testing.F) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	_, packs, _ := object(rng, nil)
-	f.Add(Marshal(packs), len(packs))
+	f.Add(marshal(packs), len(packs))
 	f.Fuzz(func(t *testing.T, p []byte, n int) {
 		packs := make([]Pack, max(0, min(n, 100)))
 		for i := range packs {
 			packs[i].Size = 1 << 24
 		}
-		if Unmarshal(p, packs) == nil && !bytes.Equal(Marshal(packs), p) {
+		if unmarshal(p, packs) == nil && !bytes.Equal(marshal(packs), p) {
 			t.Error("read, but not its own form")
 		}
 	})
