@@ -272,6 +272,9 @@ func pruneText(r *repo.PruneReport) string {
 	for _, s := range r.Revoked {
 		line("Run %s showed no sign of life and was ended.", s)
 	}
+	if r.Merged > 0 {
+		line("%s %s into few large ones.", count(r.Merged, "small index object"), would("merged", "would be merged"))
+	}
 	if r.Checkpoint > 0 {
 		line("The whole state %s entry %d of the chain, so that opening the repository stays quick.", would("is now in", "would be in"), r.Checkpoint)
 	}

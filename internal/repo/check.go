@@ -120,6 +120,10 @@ func (r *Repo) check(ctx context.Context, o CheckOptions) (*CheckReport, error) 
 	if len(c.r.current().gaps) > 0 || c.r.mirrorOf != "" {
 		return &c.report, nil // nothing can be recorded in a chain with gaps
 	}
+	// Without a lease: one of a check that died would keep prunes waiting. A prune
+	// beside this that has read the index before it was lost may take the new
+	// object for one that no entry will add, and delete it. Then the index is lost
+	// once more, and made up for once more.
 	if err := c.r.mend(ctx); err != nil {
 		return nil, err
 	}

@@ -19,7 +19,9 @@ import (
 )
 
 // often prunes with a checkpoint after every few entries.
-func often(every uint64) PruneOptions { return PruneOptions{Watch: -1, checkpointEvery: every} }
+func often(every uint64) PruneOptions {
+	return PruneOptions{Watch: -1, checkpointEvery: every, mergeLeast: 2 + int(every%4)}
+}
 
 // placed are the fields of a state that come from where it stands in the
 // chain, not from what entries say: a checkpoint does not carry them.

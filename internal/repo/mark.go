@@ -635,15 +635,15 @@ func (r *Repo) readPin(ctx context.Context, name string) (PointID, error) {
 	return pin.Point, nil
 }
 
-// shielded reports whether a pack belongs to a run that is under way: it has
-// announced it, and will name it in a point that is not there yet.
-func (m *marker) shielded(k *packMark) bool {
-	if k.added.lease == "" {
+// shielded reports whether what was added so belongs to a run that is under way:
+// it has announced it, and will name it in a point that is not there yet.
+func (m *marker) shielded(a adding) bool {
+	if a.lease == "" {
 		return false
 	}
-	_, before := m.before[k.added.lease]
-	_, after := m.after[k.added.lease]
-	return before || after || k.added.lease == m.own
+	_, before := m.before[a.lease]
+	_, after := m.after[a.lease]
+	return before || after || a.lease == m.own
 }
 
 // missing lists points of which chunks have no copy at all.

@@ -41,6 +41,7 @@ type PruneOptions struct {
 	Report func(step string, done, total int64)
 
 	checkpointEvery uint64 // for tests; 0 is checkpointEvery
+	mergeLeast      int    // for tests; 0 is mergeLeast
 }
 
 // PruneReport is what Prune did or, in a dry run, would do. Bytes are stored bytes.
@@ -71,6 +72,8 @@ type PruneReport struct {
 	WaitsFor     []Lease  `json:"waits_for"`
 	Revoked      []string `json:"revoked"` // leases found dead
 
+	// Merged are index objects that were small, and are in few large ones now.
+	Merged int `json:"merged_indexes,omitempty"`
 	// Checkpoint is the number of the entry with the whole state, if one was
 	// written, RemovedEntries how many need not be read any more and were
 	// deleted.
@@ -233,6 +236,9 @@ func (p *pruner) prune(ctx context.Context) error {
 	if err := p.tidy(ctx); err != nil {
 		return err
 	}
+	if err := p.merge(ctx); err != nil {
+		return err
+	}
 	return p.checkpoint(ctx)
 }
 
@@ -279,6 +285,7 @@ func (p *pruner) dry(ctx context.Context) (*PruneReport, error) {
 		}
 		p.waitsFor(s.head + 1)
 	}
+	p.report.Merged = len(p.small())
 	if s.head-s.checkpoint >= p.every() {
 		p.report.Checkpoint = s.head + 1
 	}
@@ -325,7 +332,7 @@ func (p *pruner) sparse() [][32]byte {
 // the order in which they were added.
 func (p *pruner) choose(want func(*packMark) bool) (packs [][32]byte) {
 	for name, k := range p.m.packs {
-		if p.m.state.quarantine[name] == 0 && !p.m.shielded(k) && want(k) {
+		if p.m.state.quarantine[name] == 0 && !p.m.shielded(k.added) && want(k) {
 			packs = append(packs, name)
 		}
 	}

@@ -16,8 +16,8 @@ import (
 	"holdfast/internal/repo/internal/tree"
 )
 
-// unwatched prunes without waiting for anyone.
-var unwatched = PruneOptions{Watch: -1}
+// unwatched prunes without waiting for anyone, and merges index objects early.
+var unwatched = PruneOptions{Watch: -1, mergeLeast: 3}
 
 func prune(t *testing.T, r *Repo, o PruneOptions) *PruneReport {
 	t.Helper()

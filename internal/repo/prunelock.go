@@ -122,15 +122,21 @@ func (p *pruner) lockOwn(ctx context.Context) error {
 	return p.r.lock(ctx, names, s.locks.want(p.r.now()))
 }
 
-// lockIndexes locks index objects that are about to replace others.
-func (p *pruner) lockIndexes(ctx context.Context, digests []seal.Hex) error {
+// lockIndexes locks index objects that are about to replace old ones, as the rule
+// wants it, and as long as any of these is: points that are marked to stay may
+// need that.
+func (p *pruner) lockIndexes(ctx context.Context, digests []seal.Hex, old [][32]byte) error {
 	s := p.r.current()
 	if s.locks.Days == 0 {
 		return nil
+	}
+	want := s.locks.want(p.r.now())
+	for _, d := range old {
+		want.Until = later(want.Until, p.r.locks.get(indexName(d)).Until.Add(-time.Second))
 	}
 	var names []string
 	for _, d := range digests {
 		names = append(names, indexName([32]byte(d)))
 	}
-	return p.r.lock(ctx, names, s.locks.want(p.r.now()))
+	return p.r.lock(ctx, names, want)
 }

@@ -145,7 +145,15 @@ func TestIndependentReader(t *testing.T) {
 		}
 		readsAlike(t, dir, points)
 	}
+	for i := range 3 { // small ones, to be merged
+		fillRandom(rng, disks["noise"][i*ChunkSize:(i+1)*ChunkSize])
+		commit("web", nil, nil)
+	}
 	all("sound", nil)
+	if report := prune(t, r, unwatched); report.Merged == 0 {
+		t.Errorf("nothing was merged: %+v", report)
+	}
+	all("merged", nil)
 
 	// A damaged copy, known to the chain and stored anew, is read around; so
 	// are lost index objects.

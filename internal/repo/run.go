@@ -33,8 +33,10 @@ const (
 	// it, before it shares that. It bounds what a death costs over a slow link;
 	// entries are for ever, so it is not shorter.
 	announceEvery = 10 * time.Minute
-	// indexItems bounds one index object (docs/format.md §5).
+	// indexItems bounds one index object (docs/format.md §5), and indexPacks its
+	// clear part, which takes some 100 bytes for each: a reader takes 32 MiB.
 	indexItems = 1 << 19
+	indexPacks = 1 << 17
 	// maxFile bounds a piece of configuration, bytes.
 	maxFile = 64 << 20
 )
@@ -253,7 +255,7 @@ func (run *Run) shelve(ctx context.Context) error {
 // indexful is how many of the packs one index object takes.
 func indexful(packs []index.Pack) int {
 	n, items := 0, 0
-	for n < len(packs) && (n == 0 || items+len(packs[n].Items) <= indexItems) {
+	for n < min(len(packs), indexPacks) && (n == 0 || items+len(packs[n].Items) <= indexItems) {
 		items += len(packs[n].Items)
 		n++
 	}

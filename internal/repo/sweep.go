@@ -110,33 +110,37 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 	if len(affected) == 0 {
 		return nil, nil // what an earlier sweep did not come to delete
 	}
+	old = slices.SortedFunc(maps.Keys(affected), func(a, b [32]byte) int { return bytes.Compare(a[:], b[:]) })
+	return old, p.replace(ctx, old, gone, p.unmoved)
+}
+
+// replace puts others in the place of index objects, by a sweep entry: what they
+// list but the packs that are gone, to which it adds what it has seen.
+func (p *pruner) replace(ctx context.Context, old [][32]byte, gone map[[32]byte]bool, allowed func(*state) error) error {
 	var c entryClear // without the lease: the packs are not this run's
-	for d := range affected {
-		old = append(old, d)
-	}
-	slices.SortFunc(old, func(a, b [32]byte) int { return bytes.Compare(a[:], b[:]) })
 	for _, d := range old {
 		c.Drops = append(c.Drops, seal.Hex(bytes.Clone(d[:])))
 	}
 	var keep []index.Pack
 	items := 0
-	flush := func() error {
-		for len(keep) > 0 {
+	flush := func(least int) error { // as long as so many items are there
+		for len(keep) > 0 && (items >= least || len(keep) >= indexPacks) {
 			n := indexful(keep)
 			d, err := p.r.putIndex(ctx, keep[:n], c.Drops...)
 			if err != nil {
 				return err
 			}
 			c.Adds = append(c.Adds, bytes.Clone(d[:]))
+			for _, k := range keep[:n] {
+				items -= len(k.Items)
+			}
 			keep = keep[n:]
 		}
-		items = 0
 		return nil
 	}
-	for _, d := range old {
-		list, err := p.m.readIndex(ctx, p.m.state, d)
-		if err != nil {
-			return nil, err
+	err := p.r.readMany(ctx, old, func(d [32]byte, list []index.Pack, err error) error {
+		if err := p.m.gone(ctx, p.m.state, err); err != nil {
+			return err
 		}
 		for _, k := range list {
 			if gone[k.Name] {
@@ -146,22 +150,21 @@ func (p *pruner) supersede(ctx context.Context, packs [][32]byte) (old [][32]byt
 			keep = append(keep, k)
 			items += len(k.Items)
 		}
-		if items >= indexItems {
-			if err := flush(); err != nil {
-				return nil, err
-			}
-		}
+		return flush(indexItems)
+	})
+	if err == nil {
+		err = flush(0)
 	}
-	if err := flush(); err != nil {
-		return nil, err
+	if err == nil {
+		err = p.lockIndexes(ctx, c.Adds, old)
 	}
-	if err := p.lockIndexes(ctx, c.Adds); err != nil {
-		return nil, err
+	if err == nil {
+		err = p.r.append(ctx, kindSweep, c, entrySealed{}, allowed)
 	}
-	if err := p.r.append(ctx, kindSweep, c, entrySealed{}, p.unmoved); err != nil {
-		return nil, err
+	if err != nil {
+		return err
 	}
-	return old, p.m.adopt(ctx)
+	return p.m.adopt(ctx)
 }
 
 // remove deletes packs, then index objects. What it does not come to, a later
@@ -194,10 +197,20 @@ func (p *pruner) remove(ctx context.Context, packs [][32]byte, sizes []int64, in
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	g = new(errgroup.Group)
+	g.SetLimit(deleting)
 	for _, d := range indexes {
-		if err := p.r.forget(ctx, indexName(d)); err != nil {
-			failed = append(failed, err)
-		}
+		g.Go(func() error {
+			if err := p.r.forget(ctx, indexName(d)); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				failed = append(failed, err)
+			}
+			return ctx.Err()
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	if len(failed) > 0 {
 		return fmt.Errorf("%d objects could not be deleted, and nothing needs them; prune again: %w", len(failed), failed[0])
