@@ -258,7 +258,11 @@ func TestHistoryContinued(t *testing.T) {
 // The process dies before every step on the host in turn. What was committed
 // is whole, the next run cleans up and is right, and nothing is left.
 func TestCrashOnHost(t *testing.T) {
-	for n := 0; ; n++ {
+	step := 1
+	if testing.Short() {
+		step = 5
+	}
+	for n := 0; ; n += step {
 		w := newWorld(t)
 		w.backup()
 		w.scribble("vda", 5, 3)
@@ -284,7 +288,11 @@ func TestCrashOnHost(t *testing.T) {
 
 // The store fails for good at every call in turn, and the process with it.
 func TestCrashInStore(t *testing.T) {
-	for n := 1; ; n++ {
+	step := 1
+	if testing.Short() {
+		step = 9 // odd: each call has two ways to fail
+	}
+	for n := 1; ; n += step {
 		w := newWorld(t)
 		w.backup()
 		w.scribble("vda", 5, 3)

@@ -110,7 +110,11 @@ func newToy(t *testing.T, rnd *rand.Rand, size int64, parent string, closed *int
 // TestChain: layers of different sizes, against a model made byte by byte.
 func TestChain(t *testing.T) {
 	rnd := disktest.Rand(t)
-	for range 30 {
+	rounds := 30
+	if testing.Short() {
+		rounds = 5
+	}
+	for range rounds {
 		names := []string{"a", "b", "c", "d"}[:1+rnd.IntN(4)]
 		layers, closed := map[string]toy{}, 0
 		for i, name := range names {

@@ -11,7 +11,11 @@ import (
 // TestCompare: disks of different lengths, equal but for one byte or none.
 func TestCompare(t *testing.T) {
 	rnd := disktest.Rand(t)
-	for range 30 {
+	rounds := 30
+	if testing.Short() {
+		rounds = 6
+	}
+	for range rounds {
 		short := 1 + rnd.Int64N(12<<20)
 		a, b := disk.NewMem(short), disk.NewMem(short+rnd.Int64N(3)*rnd.Int64N(5<<20))
 		for range rnd.IntN(6) {

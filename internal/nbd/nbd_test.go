@@ -248,7 +248,11 @@ func TestHistory(t *testing.T) {
 	r := serve(t, shelf{"d": m}, ServerOptions{}, "unix")
 	c := dialTest(t, r.at("d"), DialOptions{Conns: 2})
 	defer c.Close()
-	want := disktest.History(t, c, disktest.Rand(t), 2000)
+	steps := 2000
+	if testing.Short() {
+		steps = 300
+	}
+	want := disktest.History(t, c, disktest.Rand(t), steps)
 	disktest.Reader(t, m, want)
 	p := make([]byte, 40<<20) // more than one request may carry
 	disktest.Fill(disktest.Rand(t), p)

@@ -34,6 +34,9 @@ var (
 
 const baseVersion = 1
 
+// oneGoroutine is why tests of every step or byte are left out of short runs.
+const oneGoroutine = "it goes through every step in one goroutine, where the race detector finds nothing"
+
 // written is one write or zeroing in a history of them, by sectors.
 type written struct {
 	first, n    int64
@@ -232,12 +235,11 @@ func smallLog(t *testing.T) {
 func TestPowerLoss(t *testing.T) {
 	smallLog(t)
 	r := disktest.Rand(t)
-	writes := 40
 	if testing.Short() {
-		writes = 20
+		t.Skip(oneGoroutine)
 	}
 	base := stampedBase(t, 200<<10+3*sectorSize)
-	h, d, exists := runHistory(t, r, base, writes)
+	h, d, exists := runHistory(t, r, base, 40)
 	states := 0
 	for k := range d.Len() + 1 {
 		may := h.allowed(k, true)
@@ -360,6 +362,9 @@ func TestWriteDuringFlush(t *testing.T) {
 // TestDeath ends the process at every step: all that was answered is there,
 // flushed or not.
 func TestDeath(t *testing.T) {
+	if testing.Short() {
+		t.Skip(oneGoroutine)
+	}
 	smallLog(t)
 	r := disktest.Rand(t)
 	base := stampedBase(t, 200<<10+3*sectorSize)
@@ -382,6 +387,9 @@ func TestDeath(t *testing.T) {
 // acknowledged is there after reopening, by the same boot and after a loss of
 // power.
 func TestErrors(t *testing.T) {
+	if testing.Short() {
+		t.Skip(oneGoroutine)
+	}
 	smallLog(t)
 	seed := disktest.Seed(t)
 	base := stampedBase(t, 200<<10)
@@ -528,6 +536,9 @@ func TestHalfAppended(t *testing.T) {
 // TestDiskFull fills the disk, checks that what was flushed is there, makes
 // room and goes on.
 func TestDiskFull(t *testing.T) {
+	if testing.Short() {
+		t.Skip(oneGoroutine)
+	}
 	smallLog(t)
 	r := disktest.Rand(t)
 	base := stampedBase(t, 400<<10)

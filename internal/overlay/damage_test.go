@@ -74,6 +74,9 @@ func sizeOf(t *testing.T, d *disktest.Dir, name string) int64 {
 // TestDamage changes every byte of the log in turn. Up to the last flush but one
 // this is always noticed; in the very last, it is or it looks torn.
 func TestDamage(t *testing.T) {
+	if testing.Short() {
+		t.Skip(oneGoroutine)
+	}
 	base := baseDisk(t, 300<<10)
 	d, _, sure := logged(t, base)
 	accept := func(header) error { return nil }

@@ -214,6 +214,9 @@ func TestSlowLink(t *testing.T) {
 		back repo.ReadBack
 	}{{"far target", false, repo.ReadSample}, {"far target, all read back", false, repo.ReadAll}, {"far source", true, repo.ReadAll}} {
 		t.Run(c.name, func(t *testing.T) {
+			if testing.Short() && c.back == repo.ReadAll && !c.pull {
+				t.Skip("the others go the same ways")
+			}
 			bubble(t, func(t *testing.T) {
 				fromStore, toStore := repotest.Store(t), repotest.Other(t)
 				near := repotest.Open(t, fromStore)

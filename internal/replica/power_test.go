@@ -56,7 +56,7 @@ func TestCopyPowerLossInFlight(t *testing.T) {
 		most := try(t, 0)
 		t.Logf("%s: %d changes", side, most)
 		for at := 1; at <= most; at++ {
-			if testing.Short() && at%4 > 0 {
+			if testing.Short() && at%9 > 0 {
 				continue
 			}
 			t.Run(fmt.Sprintf("%s/%d", side, at), func(t *testing.T) { try(t, at) })

@@ -28,11 +28,7 @@ func everyTierCall(t *testing.T, w *farWorld, whole []PointID, scenario func(r *
 		return o.changes.Calls()
 	}
 	n := run(w.own.Clone(), w.far.Clone(), 0, blobtest.Before)
-	step := 1
-	if testing.Short() {
-		step = 7
-	}
-	for at := 1; at <= n; at += step {
+	for at := 1; at <= n; at++ {
 		for _, fault := range []blobtest.Fault{blobtest.Before, blobtest.After} {
 			own, far := w.own.Clone(), w.far.Clone()
 			run(own, far, at, fault)
@@ -93,6 +89,7 @@ func (w *farWorld) proves(t *testing.T, what string, own, far *blob.Mem, whole [
 }
 
 func TestTierMovePowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	whole := []PointID{w.points[0].ID, w.points[1].ID}
@@ -102,6 +99,7 @@ func TestTierMovePowerLoss(t *testing.T) {
 }
 
 func TestTierAddPowerLoss(t *testing.T) {
+	long(t)
 	w := &farWorld{own: new(blob.Mem), far: new(blob.Mem), contents: map[PointID][]byte{}}
 	w.r = create(t, w.own)
 	w.add(t, "a", random(1, 4))
@@ -114,6 +112,7 @@ func TestTierAddPowerLoss(t *testing.T) {
 
 // Prune with rewriting, after which a move brings the rest.
 func TestTierPrunePowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	whole := []PointID{w.points[0].ID, w.points[1].ID}
@@ -125,6 +124,7 @@ func TestTierPrunePowerLoss(t *testing.T) {
 }
 
 func TestTierBackPowerLoss(t *testing.T) {
+	long(t)
 	w := newFarWorld(t)
 	move(t, w.r, all())
 	everyTierCall(t, w, nil, func(r *Repo, _ blob.Store) {

@@ -27,6 +27,15 @@ type build struct {
 	coarse             bool // sectors come in groups of 8, as Windows has them
 }
 
+// long is for tests that read many images in one goroutine: the race detector
+// finds nothing in them, and takes minutes.
+func long(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("it is left out of short runs")
+	}
+}
+
 type buildOptions struct {
 	size, block, sector int64
 	flags               uint32

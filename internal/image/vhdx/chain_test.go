@@ -18,6 +18,7 @@ import (
 // and block sizes, and sector bitmaps, and compares them with the model and
 // with 7-Zip. (Bug classes 4 to 8, 17, 22.)
 func TestChains(t *testing.T) {
+	long(t)
 	rnd := disktest.Rand(t)
 	for i := range 6 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {

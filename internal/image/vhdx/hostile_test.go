@@ -75,6 +75,7 @@ func le64(v uint64) []byte { return binary.LittleEndian.AppendUint64(nil, v) }
 
 // TestHostileImages names bug classes of other readers where a case is one.
 func TestHostileImages(t *testing.T) {
+	long(t)
 	for name, c := range map[string]struct {
 		do   func(b *build)
 		want string // part of the error
@@ -161,6 +162,7 @@ func TestHostileImages(t *testing.T) {
 
 // TestOddImages: what is read all the same, with a warning.
 func TestOddImages(t *testing.T) {
+	long(t)
 	for name, c := range map[string]struct {
 		do   func(b *build)
 		want string // part of the only warning, "" for none
@@ -279,6 +281,7 @@ func TestTruncated(t *testing.T) {
 // TestBitFlips: one bit of a structure with a checksum costs a copy at most;
 // one elsewhere is found, or changes only what no structure could tell.
 func TestBitFlips(t *testing.T) {
+	long(t)
 	b := sample(t)
 	f := b.file()
 	want := bytesOf(t, b.model, b.g.size)
@@ -302,19 +305,15 @@ func TestBitFlips(t *testing.T) {
 		}
 		return nil
 	}
-	step := 1
-	if testing.Short() {
-		step = 5
-	}
 	for _, at := range []int64{headerOff1, headerOff2, regionOff1, regionOff2} {
-		for i := 0; i < 112; i += step {
+		for i := 0; i < 112; i++ {
 			if err := flip(at+int64(i), b.rnd.IntN(8)); err != nil {
 				t.Fatalf("byte %d of the copy at %d: %v", i, at, err)
 			}
 		}
 	}
 	for _, r := range [][2]int64{{b.metadata, 32 + 7*32}, {b.metadata + metadataTable, 700}, {b.bat, b.g.blocks * 8}, {b.bat + b.g.bitmapIndex(0)*8, 8}} {
-		for i := int64(0); i < r[1]; i += int64(step) {
+		for i := int64(0); i < r[1]; i++ {
 			_ = flip(r[0]+i, b.rnd.IntN(8)) // no panic, no endless loop
 		}
 	}

@@ -286,6 +286,7 @@ func unpack(t testing.TB, src, dst string) {
 // TestRealImages reads images of other origins: a table in their folder's
 // README.md tells name and content of each.
 func TestRealImages(t *testing.T) {
+	long(t)
 	dir := realImages(t)
 	readme, err := os.ReadFile(filepath.Join(dir, "README.md"))
 	if err != nil {
@@ -300,9 +301,6 @@ func TestRealImages(t *testing.T) {
 		found++
 		file, want := strings.Trim(col[1], " `"), strings.Trim(col[6], " `")
 		t.Run(file, func(t *testing.T) {
-			if testing.Short() && strings.Contains(file, "10G") {
-				t.Skip("SKIPPED: the sum of 10 GiB takes a while")
-			}
 			tmp := t.TempDir()
 			unpack(t, filepath.Join(dir, file), filepath.Join(tmp, "a.vhdx"))
 			c := openChain(t, tmp, "a.vhdx")

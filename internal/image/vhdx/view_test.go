@@ -58,7 +58,11 @@ func up(n, unit int64) int64 { return (n + unit - 1) / unit * unit }
 // say against.
 func TestViewIsRead(t *testing.T) {
 	rnd := disktest.Rand(t)
-	for i := range 16 {
+	rounds := 16
+	if testing.Short() {
+		rounds = 4
+	}
+	for i := range rounds {
 		size := 1 + rnd.Int64N(9<<20)
 		d, _ := scatter(t, rnd, size, rnd.IntN(5), 300<<10)
 		o := ViewOptions{Variant: Variant(rnd.IntN(3)), BlockSize: 1 << 20 << rnd.IntN(3), LogicalSector: []int64{0, 512, 4096}[rnd.IntN(3)]}
@@ -225,6 +229,7 @@ func TestViewOf64TiB(t *testing.T) {
 // blocks, whose BAT of 513 MiB is a hole but for a few entries, opens within 100
 // ms and 64 MiB. It is also where block numbers are largest.
 func TestOpens64TiBAtOnce(t *testing.T) {
+	long(t)
 	d, parts := scatter(t, disktest.Rand(t), 64<<40, 4, 100<<10)
 	path := filepath.Join(t.TempDir(), "a.vhdx")
 	v := newView(t, d, ViewOptions{BlockSize: 1 << 20})
