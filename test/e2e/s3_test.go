@@ -38,8 +38,7 @@ func newS3(w *world) *s3Server {
 	w.ok(os.MkdirAll(filepath.Join(s.root, "vms"), 0o755))
 	s.start()
 	w.t.Cleanup(s.stop)
-	w.t.Setenv("AWS_ACCESS_KEY_ID", "e2e")
-	w.t.Setenv("AWS_SECRET_ACCESS_KEY", "e2e-secret")
+	w.More = []string{"AWS_ACCESS_KEY_ID=e2e", "AWS_SECRET_ACCESS_KEY=e2e-secret"}
 	w.Repo = "s3://vms/one?endpoint=http://" + s.addr
 	return s
 }
@@ -66,7 +65,7 @@ func (s *s3Server) stop() {
 // TestS3 runs a guest from a repository on S3 whose server hangs, and then dies
 // and comes back: the guest stands still and goes on.
 func TestS3(t *testing.T) {
-	lab.Need(t)
+	lab.Beside(t)
 	w := world0(t)
 	server := newS3(w)
 	w.must("init")
