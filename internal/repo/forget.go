@@ -28,6 +28,21 @@ func (u Until) Holds(now time.Time) bool {
 	return err != nil || now.Before(t)
 }
 
+// In says it in the words of a place: "for ever", "until" a time, or, when a day
+// begins there then, "until the end of" the day before; "" for not at all.
+func (u Until) In(place *time.Location) string {
+	t, err := time.Parse(time.RFC3339, string(u))
+	switch t = t.In(place); {
+	case u == "":
+		return ""
+	case err != nil:
+		return "for ever"
+	case t.Hour()+t.Minute()+t.Second() == 0:
+		return "until the end of " + t.AddDate(0, 0, -1).Format(time.DateOnly)
+	}
+	return "until " + t.Format(time.DateTime)
+}
+
 // ErrKept is returned by Forget for a point that is marked to stay.
 var ErrKept = errors.New("marked to stay")
 
@@ -50,7 +65,7 @@ func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
 			case !live && !gone:
 				return fmt.Errorf("%s: %w", id, ErrNotExist)
 			case live && s.keep[id].Holds(now):
-				return fmt.Errorf("%s: %w (until %s); take the mark off first", id, ErrKept, s.keep[id])
+				return fmt.Errorf("%s: %w %s; take the mark off first", id, ErrKept, s.keep[id].In(now.Location()))
 			case live:
 				left++
 			}
