@@ -30,7 +30,7 @@ func (c *checker) locks(ctx context.Context) error {
 		return nil
 	}
 	c.report.Locks = &LockReport{Immutability: s.locks.Immutability}
-	err := TryLocks(ctx, c.r.store, s.locks.Mode)
+	err := tryLocks(ctx, c.r.store, s.locks.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
 		c.problem(noLocks(s, err))
 		return nil
@@ -144,7 +144,7 @@ func (k *keyless) locks(ctx context.Context) error {
 		return nil
 	}
 	k.report.Locks = &LockReport{Immutability: k.rule.Immutability}
-	err := TryLocks(ctx, k.store, k.rule.Mode)
+	err := tryLocks(ctx, k.store, k.rule.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
 		s := &state{locks: k.rule}
 		k.report.Problems = append(k.report.Problems, noLocks(s, err))
