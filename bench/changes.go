@@ -263,7 +263,7 @@ func (c *changer) spin(ctx context.Context, name string) (err error) {
 	if err != nil {
 		return err
 	}
-	_, err = mover.Copy(ctx, out, src, src.Extents(ctx, 0, src.Size()), mover.Options{Align: repo.ChunkSize})
+	_, err = mover.Copy(ctx, out, src, src.Extents(ctx, 0, src.Size()), mover.Options{Align: repo.ChunkSize, Window: repo.ReadWindow})
 	if err = errors.Join(err, out.Close(), src.Close()); err != nil {
 		return err
 	}

@@ -113,6 +113,9 @@ func (b *bench) growth(ctx context.Context) error {
 			if err := b.opens(ctx, t, s.name, "points"); err != nil {
 				return err
 			}
+			if err := warm(t.State); err != nil {
+				return err
+			}
 			out, err := b.test(ctx, "TestFind", "HOLDFAST_FIND="+t.Repo, "HOLDFAST_FIND_CACHE="+filepath.Join(t.State, "cache"))
 			if err != nil {
 				return err

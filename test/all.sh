@@ -23,17 +23,17 @@ step() { # step NAME COMMAND...
 }
 
 # Packages with tests that ask for guests are those that use the lab. They run
-# side by side: most of their time a guest boots, on one core each.
+# side by side, and so do their tests, as many as the lab has places (lab.Beside).
 lab_tests() {
 	ok=0 outs= pids=
 	mkdir -p bin/lab/tests
-	for dir in $(grep -rl --include='*_test.go' 'lab\.Need(' internal test | xargs -r dirname | sort -u); do
+	for dir in $(grep -rlE --include='*_test.go' 'lab\.(Need|Beside)\(' internal test | xargs -r dirname | sort -u); do
 		out=$top/bin/lab/tests/$(echo "$dir" | tr / -)
 		CGO_ENABLED=0 $GO test -c -o "$out.test" "./$dir" || { ok=1; continue; }
 		echo "-- $dir"
 		(cd "$dir" && exec $SUDO env HOLDFAST_LAB=1 HOLDFAST_BIN="$top/bin/holdfast" \
 			HOLDFAST_VERSITYGW="${HOLDFAST_VERSITYGW:-}" \
-			"$out.test" -test.v -test.timeout 25m -test.run "${RUN:-.}" >"$out.log" 2>&1) &
+			"$out.test" -test.v -test.parallel 16 -test.timeout 25m -test.run "${RUN:-.}" >"$out.log" 2>&1) &
 		outs="$outs $out" pids="$pids $!"
 	done
 	# What runs in the background does not get the terminal's Ctrl-C.
@@ -55,10 +55,11 @@ fi
 
 step build make --no-print-directory build
 step lint sh test/lint.sh
-step "unit and conformance tests" $GO test -timeout 15m ./...
+# Lint has vetted what is tested.
+step "unit and conformance tests" $GO test -vet=off -timeout 15m ./...
 # The detector makes tests five times as long: the exhaustive ones, of every cut
 # at every call, are left out, and those that run the program as a whole.
-step "race tests" $GO test -race -short -timeout 15m $($GO list ./... | grep -v /cmd/)
+step "race tests" $GO test -vet=off -race -short -timeout 15m $($GO list ./... | grep -v /cmd/)
 step "real guests" lab_tests
 
 echo

@@ -3,12 +3,18 @@ package main
 import (
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"holdfast/internal/node"
 )
+
+// servingMemory is the limit of a process that serves: most of it is the cache
+// of chunks, which is never garbage, and it shall stay below 256 MB with the
+// program itself and the index that is mapped.
+const servingMemory = 200 << 20
 
 // serve is the detached process that serves a session.
 func (a *app) serve() *cobra.Command {
@@ -19,6 +25,7 @@ func (a *app) serve() *cobra.Command {
 		Args:   args(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a.quiet = true
+			debug.SetMemoryLimit(servingMemory)
 			log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 			return a.open().Serve(cmd.Context(), args[0], os.Stdin, os.Stdout, log)
 		},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 	"time"
@@ -181,14 +182,7 @@ func parseUntil(until string, forever, clear bool, now time.Time) (repo.Until, e
 
 // keepText says until when a point stays.
 func keepText(until string) string {
-	if until == "" {
-		return "as long as the rules say"
-	}
-	t, err := time.Parse(time.RFC3339, until)
-	if err != nil {
-		return "for ever"
-	}
-	return "until " + clock(t)
+	return cmp.Or(repo.Until(until).In(time.Local), "as long as the rules say")
 }
 
 // pruneWait is how long prune --wait watches a run: fifteen of the beats that

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -251,6 +252,7 @@ and --tls-key, which admit nobody without TLS.`,
 				}
 				return a.ready(session, uris, fmt.Sprintf("\"holdfast undo %s\" ends it", session))
 			}
+			debug.SetMemoryLimit(servingMemory)
 			err = n.Publish(cmd.Context(), p, q, func(session string, uris []string) error { return a.ready(session, uris, "Ctrl-C ends it") })
 			if err == nil && !interrupted(cmd.Context()) {
 				err = errors.New("the server ended by itself")

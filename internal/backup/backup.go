@@ -56,6 +56,9 @@ type Watch struct {
 	Step func(vm, what string)
 	// Disk gives the meter of a disk that is about to be read.
 	Disk func(vm, disk string, m *mover.Meter)
+	// Lock gives what is told, in parallel, how many of the objects are locked
+	// that a VM's point needs and that no lock keeps for long enough.
+	Lock func(vm string) (report func(done, total int64))
 }
 
 // Result is what became of one VM.

@@ -55,7 +55,11 @@ func (t *task) run(ctx context.Context) error {
 		p.Files = append(p.Files, saved)
 	}
 	t.step("committing")
-	if err := t.write.Lock(ctx, p); err != nil {
+	var report func(done, total int64)
+	if t.job.Watch.Lock != nil {
+		report = t.job.Watch.Lock(t.vm.Name)
+	}
+	if err := t.write.Lock(ctx, p, report); err != nil {
 		return err
 	}
 	if err := t.reference(ctx, p); err != nil {

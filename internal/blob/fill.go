@@ -2,6 +2,11 @@ package blob
 
 import "context"
 
+// Getter is the part of a Store that reads.
+type Getter interface {
+	Get(ctx context.Context, name string, off, n int64) ([]byte, error)
+}
+
 // Filler is optional: a store that reads into memory which the caller has.
 type Filler interface {
 	// Fill is Get of len(p) bytes into p.
@@ -10,7 +15,7 @@ type Filler interface {
 
 // Fill reads len(p) bytes of an object at off into p. It fails as Get does;
 // what p holds then is not told.
-func Fill(ctx context.Context, s Store, name string, off int64, p []byte) error {
+func Fill(ctx context.Context, s Getter, name string, off int64, p []byte) error {
 	if f, ok := s.(Filler); ok {
 		return f.Fill(ctx, name, off, p)
 	}

@@ -361,6 +361,9 @@ func TestAgainstNbdkit(t *testing.T) {
 		"old":    {"--no-sr", "--filter=nozero", "memory", "3M"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			if testing.Short() && name != "blocks" {
+				t.Skip("it is left out of short runs")
+			}
 			disktest.Device(t, func(t *testing.T) disk.Device {
 				sock := filepath.Join(scratch(t), "s")
 				background(t, sock, "nbdkit", append([]string{"-f", "-U", sock}, args...)...)

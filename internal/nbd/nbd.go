@@ -14,11 +14,12 @@
 //	                                       (reader)  ├ handle ─┼─ outbox ─ socket
 //	                                                 └ handle ─┘
 //
-// One goroutine per connection reads requests; each request is handled in a
+// One goroutine per connection reads requests, and answers short reads of what
+// the disk has in memory (disk.Cached) itself. Each other request is handled in a
 // goroutine of its own, so a slow read delays nobody. Replies leave through an
 // outbox: the first goroutine with a reply writes it together with all that
-// others add meanwhile, in one system call. A reply's header and payload lie
-// in one pooled buffer.
+// others add meanwhile, in one system call; the reader writes when it would have
+// to wait. A reply's header and payload lie in one pooled buffer.
 //
 // What a peer can make us hold is bounded: requests per connection, bytes of
 // payload per connection and per server, connections per server. When a bound

@@ -43,7 +43,7 @@ type ServerOptions struct {
 	// InFlight bounds requests under way per connection; 0: 64.
 	InFlight int
 	// MaxBytes bounds payload held for requests under way, in all connections
-	// together; 0: 256 MiB; at least 32 MiB. One connection gets at most 64 MiB
+	// together; 0: 256 MiB; at least 32 MiB. One connection gets at most 32 MiB
 	// of it.
 	MaxBytes int64
 
@@ -101,7 +101,7 @@ func set[T comparable](p *T, value T) {
 }
 
 // maxConnBytes bounds the payload held for one connection.
-const maxConnBytes = 64 << 20
+const maxConnBytes = maxPayload
 
 // Server serves disks. Its methods may run in parallel.
 type Server struct {

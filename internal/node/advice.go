@@ -23,6 +23,7 @@ var advice = []struct {
 	say    string
 }{
 	{repo.ErrHidden, "", "\"holdfast check\" brings it back"},
+	{repo.ErrNoRule, "", "docs/admin.md says under Immutability what a store needs"},
 	{blob.ErrNoLock, "", "docs/admin.md says under Immutability what a store needs; \"holdfast repo immutable off\" ends the rule"},
 	{repo.ErrLockMode, "", "stay with governance, or make a new repository with compliance and copy to it"},
 	{repo.ErrPassphrase, "or type it again", "check HOLDFAST_PASSPHRASE or HOLDFAST_PASSPHRASE_FILE, or type it again"},

@@ -71,7 +71,7 @@ func (n *Node) Backup(ctx context.Context, q BackupRequest) (results []backup.Re
 	return append(results, backup.Run(ctx, backup.Job{
 		Repo: r, Source: s, State: n.state, Host: q.Host, VMs: vms, History: history,
 		Options: hypervisor.SnapshotOptions{Consistency: q.Consistency, FreezeLimit: q.FreezeLimit, Live: q.Live},
-		Watch:   backup.Watch{Step: w.step, Disk: w.disk},
+		Watch:   backup.Watch{Step: w.step, Disk: w.disk, Lock: func(string) func(done, total int64) { return n.locking() }},
 	})...), nil
 }
 

@@ -210,7 +210,7 @@ func (n *Node) Init(ctx context.Context, rule repo.Immutability) (Made, error) {
 	}
 	if rule.Days > 0 {
 		if err := repo.TryLocks(ctx, store, rule.Mode); err != nil {
-			return Made{}, fmt.Errorf("nothing was made: immutability: %w", err)
+			return Made{}, fmt.Errorf("nothing was made: %w", err)
 		}
 	}
 	if n.repo, err = repo.Init(ctx, store, n.passphrase, o); err != nil {

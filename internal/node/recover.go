@@ -114,7 +114,7 @@ func onHost(storage string) error {
 }
 
 // dataLimit bounds the time spent on finding out how much a recovery would
-// copy: on huge disks it is not worth the guest's waiting.
+// copy: on huge disks it is not worth the operator's waiting.
 const dataLimit = 200 * time.Millisecond
 
 // RecoverRequest asks for a recovery.
@@ -154,7 +154,8 @@ func (n *Node) Recover(ctx context.Context, p repo.Point, q RecoverRequest) (rec
 		return recovery.Record{}, err
 	}
 	return recovery.Recover(ctx, d, recovery.Request{
-		Location: location, Repository: r.ID(), Point: p, Config: config, Data: n.dataOf(ctx, p),
+		Location: location, Repository: r.ID(), Point: p, Config: config,
+		Data: func(ctx context.Context) int64 { return n.dataOf(ctx, p) },
 		Host: q.Host, Storage: q.Storage, Name: q.Name, NewIdentity: q.NewIdentity || q.Name != "" && q.Name != p.VM,
 		Writes: q.Writes, Isolated: q.Isolated, Wait: q.Wait,
 	})

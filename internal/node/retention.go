@@ -57,7 +57,7 @@ func (n *Node) ForgetPoints(ctx context.Context, words []string, o ForgetOptions
 	case named:
 		for _, p := range points {
 			if p.Keep.Holds(o.Now) {
-				return nil, fmt.Errorf("restore point %s of %s is marked to stay (%s); \"holdfast keep %s --clear\" takes the mark off", p.ID, p.VM, p.Keep, p.ID)
+				return nil, fmt.Errorf("restore point %s of %s is marked to stay %s; \"holdfast keep %s --clear\" takes the mark off", p.ID, p.VM, p.Keep.In(o.Now.Location()), p.ID)
 			}
 			list = append(list, Forgetting{p, false, []string{"named"}})
 		}
@@ -90,10 +90,7 @@ func decide(points []repo.Point, o ForgetOptions) ([]Forgetting, error) {
 		}
 		items[i] = retention.Item{ID: string(p.ID), History: string(p.History), Time: p.Time}
 		if p.Keep.Holds(o.Now) {
-			items[i].Mark = "marked to stay"
-			if p.Keep != repo.Forever {
-				items[i].Mark += " until " + string(p.Keep)
-			}
+			items[i].Mark = "marked to stay " + p.Keep.In(o.Now.Location())
 		}
 	}
 	list := make([]Forgetting, len(points))

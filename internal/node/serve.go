@@ -150,6 +150,10 @@ func (n *Node) serve(ctx context.Context, session string, in io.Reader, out io.W
 	})
 }
 
+// servedBytes bounds the payload of requests under way, in a process whose memory
+// is to go to the cache.
+const servedBytes = 64 << 20
+
 // publishing says what the serving of a session needs of the world. resumable:
 // another process takes this one's place when it ends.
 func (n *Node) publishing(resumable bool, report func(error)) func(context.Context, recovery.Record) (publish.Deps, error) {
@@ -159,7 +163,7 @@ func (n *Node) publishing(resumable bool, report func(error)) func(context.Conte
 		if err != nil {
 			return publish.Deps{}, err
 		}
-		o := nbd.ServerOptions{Resumable: resumable, Report: report}
+		o := nbd.ServerOptions{Resumable: resumable, Report: report, MaxBytes: servedBytes}
 		if o.Allow, err = allowed(ctx, rec.Host); err != nil {
 			return publish.Deps{}, err
 		}

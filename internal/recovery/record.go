@@ -127,7 +127,7 @@ func newRecord(q Request, t time.Time) Record {
 	r := Record{
 		ID: state.NewID(), Kind: Recovery, State: Publishing,
 		Location: q.Location, Point: q.Point.ID, VM: q.Point.VM,
-		Host: q.Host, Storage: q.Storage, Name: q.Name, Writes: q.Writes, Isolated: q.Isolated, Data: q.Data,
+		Host: q.Host, Storage: q.Storage, Name: q.Name, Writes: q.Writes, Isolated: q.Isolated,
 		Times: Times{Created: t},
 	}
 	r.Owner = hypervisor.Owner{Repository: q.Repository, History: string(q.Point.History), Session: r.ID}

@@ -95,9 +95,10 @@ type Request struct {
 	Repository string // its id
 	Point      repo.Point
 	Config     []hypervisor.File // the point's configuration
-	// Data is how many bytes of the point's disks are not zeros; 0 when not
-	// known. The storage should have room for them.
-	Data int64
+	// Data finds out how many bytes of the point's disks are not zeros; 0 when
+	// it cannot. The storage should have room for them. It is called when the
+	// guest runs, which it would otherwise wait for.
+	Data func(ctx context.Context) int64
 
 	Host    string // as the operator names it
 	Storage string // directory on the host
@@ -206,10 +207,25 @@ func Recover(ctx context.Context, d Deps, q Request) (Record, error) {
 		}
 		return c.r, err
 	}
+	if err := c.measure(ctx, q.Data); err != nil {
+		return c.r, err
+	}
 	if q.Wait {
 		err = c.waitAgent(ctx)
 	}
 	return c.r, err
+}
+
+// measure notes how much a migration will copy, and whether the storage has
+// room for that.
+func (c *command) measure(ctx context.Context, data func(context.Context) int64) error {
+	if c.r.Data = data(ctx); c.r.Data == 0 {
+		return nil
+	}
+	if _, err := c.target.Preflight(ctx, hypervisor.NewVM{}, c.r.Storage, c.r.Data); err != nil && ctx.Err() == nil {
+		c.note("migrating it there will not do: %v", err)
+	}
+	return c.s.Save(&c.r)
 }
 
 // plan checks what can be checked beforehand and completes the record.
@@ -249,11 +265,6 @@ func (c *command) plan(ctx context.Context, q Request) (hypervisor.NewVM, error)
 		return vm, err
 	}
 	r.Notes = notes
-	if q.Data > 0 {
-		if _, err := c.target.Preflight(ctx, hypervisor.NewVM{}, r.Storage, q.Data); err != nil {
-			r.Notes = append(r.Notes, fmt.Sprintf("migrating it there will not do: %v", err))
-		}
-	}
 	for _, n := range r.Notes {
 		c.report(r.ID, "note: %s", n)
 	}

@@ -276,7 +276,7 @@ func (w *world) killServers() {
 }
 
 func (w *world) request(writes Writes) Request {
-	return Request{Location: "/repo", Repository: "89ab", Point: w.point, Host: "mem", Storage: store, Writes: writes, Wait: true, Data: size,
+	return Request{Location: "/repo", Repository: "89ab", Point: w.point, Host: "mem", Storage: store, Writes: writes, Wait: true, Data: func(context.Context) int64 { return size },
 		Config: []hypervisor.File{{Name: "mem.conf"}, {Name: "nvram", Data: []byte("vars")}}}
 }
 

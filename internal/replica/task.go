@@ -21,6 +21,10 @@ const (
 	// workers is how many blocks of a disk are under way at once: 1 MiB each at
 	// most, so that 50 ms of way to the source leave room for 300 MB/s.
 	workers = 16
+	// window is how far from their order chunks may come, bytes: a source on a
+	// spinning disk is read several times faster so, and what comes fills eight
+	// packs or fewer, which are read back together.
+	window = 128 << 20
 	// maxKept bounds the extents that are kept in memory: 24 bytes each. A disk
 	// with more of them has its maps compared again each time they are needed.
 	maxKept = 1 << 18
@@ -278,7 +282,7 @@ func (t *task) move(ctx context.Context, w *repo.DiskWriter, src *repo.DiskReade
 	if base != nil {
 		zeros = mover.WriteZeros
 	}
-	c, err := mover.Copy(ctx, w, src, extents, mover.Options{Align: repo.ChunkSize, Workers: workers, Zeros: zeros, Meter: m})
+	c, err := mover.Copy(ctx, w, src, extents, mover.Options{Align: repo.ChunkSize, Window: window, Workers: workers, Zeros: zeros, Meter: m})
 	t.result.ReadBytes += c.Read
 	return err
 }

@@ -33,11 +33,11 @@ const (
 	// opened; a request to one far away costs as much time as a few MiB.
 	nearBytes = 1 << 20
 	farBytes  = 4 << 20
-	// gapBytes is what is read and thrown away rather than skipped: a seek, 10 ms,
-	// takes as long.
-	gapBytes = 1500 << 10
-	// smallGap is that for a single read, whose neighbours nobody may want.
-	smallGap = 128 << 10
+	// nearGap is what is read and thrown away rather than skipped, of a disk: a
+	// seek, 10 ms, takes as long. farGap is that over a line, and of single reads,
+	// whose neighbours nobody may want.
+	nearGap = 1500 << 10
+	farGap  = 64 << 10
 	// pieceBytes bounds what Feed gives at once.
 	pieceBytes = 1 << 20
 )
@@ -57,10 +57,18 @@ type stretch struct {
 	from, to uint32 // in the pack, bytes
 }
 
-// plan finds where the items lie, and sorts them into stretches of up to max
-// bytes and a gap: pack after pack, in the order in which the items first need
-// them.
-func (r *Repo) plan(items []wanted, max, gap uint32) ([]stretch, error) {
+// plan finds where the items lie, and sorts them into stretches: pack after
+// pack, in the order in which the items first need them.
+func (r *Repo) plan(items []wanted) ([]stretch, error) {
+	max, gap := uint32(farBytes), uint32(farGap)
+	if r.near() {
+		max, gap = nearBytes, nearGap
+	}
+	return r.planIn(items, max, gap)
+}
+
+// planIn is plan for stretches of up to max bytes and a gap.
+func (r *Repo) planIn(items []wanted, max, gap uint32) ([]stretch, error) {
 	turns := map[[32]byte]int{}
 	var last [32]byte
 	for i := range items {
@@ -119,7 +127,7 @@ func (r *Repo) fetch(ctx context.Context, s *stretch, buf []byte) ([]byte, *pack
 	}
 	name := s.items[0].at.Pack
 	o, known := cached(ctx, &r.openers.lru, name)
-	if !known && s.from <= gapBytes {
+	if !known && (s.from <= farGap || s.from <= nearGap && r.near()) {
 		s.from = 0
 	}
 	n := int(s.to - s.from)
@@ -168,13 +176,18 @@ func (r *Repo) openEach(ctx context.Context, s *stretch, stored []byte, o *pack.
 	return nil
 }
 
-// readers is how many of so many workers read from the store at once, and how
-// much each.
-func (r *Repo) readers(workers int) (n int, max uint32) {
-	if _, ok := blob.As[blob.OneHead](r.store); ok && len(r.current().Tiers) == 0 {
-		return 1, nearBytes
+// near reports whether reads from the store are to come one after the other.
+func (r *Repo) near() bool {
+	_, ok := blob.As[blob.OneHead](r.store)
+	return ok && len(r.current().Tiers) == 0
+}
+
+// heads is how many of so many workers may read from the store at once.
+func (r *Repo) heads(workers int) chan struct{} {
+	if r.near() {
+		workers = 1
 	}
-	return workers, farBytes
+	return make(chan struct{}, workers)
 }
 
 // readAll reads stretches, in their order where the store wants that, and calls
@@ -182,8 +195,7 @@ func (r *Repo) readers(workers int) (n int, max uint32) {
 // stays a worker's.
 func (r *Repo) readAll(ctx context.Context, workers int, stretches iter.Seq2[stretch, error],
 	each func(ctx context.Context, s *stretch, stored []byte, o *pack.Opener, buf *[]byte) error) error {
-	heads, _ := r.readers(workers)
-	head := make(chan struct{}, heads)
+	head := r.heads(workers)
 	come := make(chan stretch)
 	g, gctx := errgroup.WithContext(ctx)
 	for range workers {
@@ -232,7 +244,7 @@ func (r *Repo) readAll(ctx context.Context, workers int, stretches iter.Seq2[str
 // Feed implements disk.Feeder. Extents are of whole chunks, but at the disk's
 // end.
 func (d *DiskReader) Feed(ctx context.Context, extents disk.Extents, window int64, workers int, put func(ctx context.Context, p []byte, off int64) error) error {
-	return d.r.readAll(ctx, workers, d.stretches(ctx, extents, window, workers), func(ctx context.Context, s *stretch, stored []byte, o *pack.Opener, buf *[]byte) error {
+	return d.r.readAll(ctx, workers, d.stretches(ctx, extents, window), func(ctx context.Context, s *stretch, stored []byte, o *pack.Opener, buf *[]byte) error {
 		p := slices.Grow((*buf)[:0], pieceBytes)
 		*buf = p
 		var off int64 // of p
@@ -286,13 +298,12 @@ func (d *DiskReader) fill(p []byte, from int, w *wanted, open func([]byte) ([]by
 }
 
 // stretches plans the reading of extents, window after window.
-func (d *DiskReader) stretches(ctx context.Context, extents disk.Extents, window int64, workers int) iter.Seq2[stretch, error] {
-	_, max := d.r.readers(workers)
+func (d *DiskReader) stretches(ctx context.Context, extents disk.Extents, window int64) iter.Seq2[stretch, error] {
 	window = (window + ChunkSize - 1) / ChunkSize
 	return func(yield func(stretch, error) bool) {
 		var items []wanted
 		plan := func() bool {
-			all, err := d.r.plan(items, max, gapBytes)
+			all, err := d.r.plan(items)
 			if err != nil {
 				yield(stretch{}, err)
 				return false
@@ -343,7 +354,7 @@ func (d *DiskReader) readMany(ctx context.Context, p []byte, off, first int64, i
 	for i, id := range ids {
 		items[i] = wanted{id: id, key: first + int64(i)}
 	}
-	stretches, err := d.r.plan(items, farBytes, smallGap)
+	stretches, err := d.r.planIn(items, farBytes, farGap)
 	if err != nil {
 		return err
 	}
@@ -396,8 +407,7 @@ func (r *Repo) ahead(ctx context.Context, ids []tree.ID, level int) {
 		return
 	}
 	workers := min(walkers, len(items))
-	_, max := r.readers(workers)
-	all, err := r.plan(items, max, gapBytes)
+	all, err := r.plan(items)
 	if err != nil {
 		return
 	}

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
 
+	"holdfast/internal/blob"
 	"holdfast/internal/repo/internal/chain"
 	"holdfast/internal/repo/internal/index"
 	"holdfast/internal/repo/internal/pack"
@@ -254,11 +256,30 @@ func (c *checker) stored(ctx context.Context) error {
 		}
 	}
 	var done int64
+	head := c.r.heads(packReaders)
+	buffers := make(chan []byte, packReaders)
+	for range packReaders {
+		buffers <- nil
+	}
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(4)
+	g.SetLimit(packReaders)
 	for name, info := range c.packs {
 		g.Go(func() error {
-			if err := c.pack(gctx, name, info, there, read[name]); err != nil {
+			buf := <-buffers
+			defer func() { buffers <- buf }()
+			load := func(s blob.Getter) ([]byte, error) {
+				head <- struct{}{}
+				defer func() { <-head }()
+				buf = slices.Grow(buf[:0], int(info.size))[:info.size]
+				if err := blob.Fill(gctx, s, packName(name), 0, buf); err != nil {
+					return nil, err
+				}
+				return buf, nil
+			}
+			if !read[name] {
+				load = nil
+			}
+			if err := c.pack(gctx, name, info, there, load); err != nil {
 				return err
 			}
 			c.mu.Lock()
@@ -282,7 +303,11 @@ func (c *checker) stored(ctx context.Context) error {
 	return errors.Join(err, seen.save(c.packs))
 }
 
-func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[[32]byte]int64, read bool) error {
+// packReaders is how many packs are read at once: 16 MiB each.
+const packReaders = 4
+
+// pack checks one pack; read reads it whole, if it is to be read.
+func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there map[[32]byte]int64, read func(blob.Getter) ([]byte, error)) error {
 	size, ok := there[name]
 	switch {
 	case !ok && c.r.mirrorOf != "":
@@ -291,14 +316,14 @@ func (c *checker) pack(ctx context.Context, name [32]byte, info packInfo, there 
 		return c.badPack(ctx, name, info, "missing", nil)
 	case size != info.size:
 		return c.badPack(ctx, name, info, fmt.Sprintf("%d bytes long, should be %d", size, info.size), nil)
-	case !read:
+	case read == nil:
 		return nil
 	}
-	s := getter(c.r.store)
+	s := blob.Getter(c.r.store)
 	if len(c.r.current().Tiers) > 0 {
 		s = ownFirst{c.r.tiers}
 	}
-	p, what, err := readTwice(ctx, s, packName(name), name)
+	p, what, err := twice(ctx, s, packName(name), name, func() ([]byte, error) { return read(s) })
 	if err != nil {
 		return err
 	}
@@ -420,6 +445,12 @@ func (c *checker) node(ctx context.Context, id tree.ID, level int) (int64, error
 		return c.lost[id], nil
 	}
 	var lost int64
+	if level > 0 {
+		c.r.ahead(ctx, slices.DeleteFunc(slices.Clone(n.Children[:]), func(child tree.ID) bool {
+			_, known := c.lost[child]
+			return known
+		}), level-1)
+	}
 	for _, child := range n.Children {
 		if child == (tree.ID{}) {
 			continue

@@ -32,7 +32,7 @@ func (c *checker) locks(ctx context.Context) error {
 		return nil
 	}
 	c.report.Locks = &LockReport{Immutability: s.Locks.Immutability}
-	err := TryLocks(ctx, c.r.store, s.Locks.Mode)
+	err := tryLocks(ctx, c.r.store, s.Locks.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
 		c.problem(noLocks(s.Locks.Immutability, err))
 		return nil
@@ -145,7 +145,7 @@ func (k *keyless) locks(ctx context.Context) error {
 		return nil
 	}
 	k.report.Locks = &LockReport{Immutability: k.rule}
-	err := TryLocks(ctx, k.store, k.rule.Mode)
+	err := tryLocks(ctx, k.store, k.rule.Mode)
 	if errors.Is(err, blob.ErrNoLock) {
 		k.report.Problems = append(k.report.Problems, noLocks(k.rule, err))
 		return nil

@@ -9,7 +9,10 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
+	"holdfast/internal/blob"
+	"holdfast/internal/blob/blobtest"
 	"holdfast/internal/disk/disktest"
 	"holdfast/internal/repo/internal/pack"
 )
@@ -110,6 +113,42 @@ func TestChunkCacheShared(t *testing.T) {
 			if err := <-results; err != nil {
 				t.Error(err)
 			}
+		}
+	})
+}
+
+// away is a store that takes a second to answer.
+type away struct{ blob.Store }
+
+func (a away) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
+	time.Sleep(time.Second)
+	return a.Store.Get(ctx, name, off, n)
+}
+
+// The chunks of one read come side by side.
+func TestReadSideBySide(t *testing.T) {
+	blobtest.Bubble(t, func(t *testing.T) {
+		s := &blob.Mem{}
+		content := make([]byte, 8*ChunkSize)
+		disktest.Fill(disktest.Rand(t), content)
+		p, err := save(create(t, s), "vm", content, nil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := reopen(t, away{s}).OpenDisk(ctx, p.Disks[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.ReadAt(ctx, make([]byte, 1), 3*ChunkSize); err != nil { // map and opener
+			t.Fatal(err)
+		}
+		got := make([]byte, cachedRead)
+		from := time.Now()
+		if err := d.ReadAt(ctx, got, ChunkSize); err != nil || !bytes.Equal(got, content[ChunkSize:][:cachedRead]) {
+			t.Fatalf("other content, or %v", err)
+		}
+		if took := time.Since(from); took > time.Second {
+			t.Errorf("a read of %d chunks took %s", cachedRead/ChunkSize, took)
 		}
 	})
 }

@@ -13,7 +13,8 @@
 // in the store and read back before (docs/format.md §6.3).
 //
 // A DiskReader looks ids up in the map, finds their places in the index, reads
-// neighbours in a pack with one request, opens and decodes.
+// what lies near each other in a pack with one request, opens and decodes. Feed
+// does so for a gibibyte of the disk at once, pack after pack.
 //
 // # Packages below
 //

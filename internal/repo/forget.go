@@ -35,7 +35,7 @@ func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) error {
 			case !live && !gone:
 				return fmt.Errorf("%s: %w", id, ErrNotExist)
 			case live && s.Keep[id].Holds(now):
-				return fmt.Errorf("%s: %w (until %s); take the mark off first", id, ErrKept, s.Keep[id])
+				return fmt.Errorf("%s: %w %s; take the mark off first", id, ErrKept, s.Keep[id].In(now.Location()))
 			case live:
 				left++
 			}

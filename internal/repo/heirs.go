@@ -97,7 +97,7 @@ func (p *pruner) heir(id pack.ID, gone map[[32]byte]bool, there map[[32]byte]int
 			continue
 		}
 		needed = needed || bit(k.live, int(at.Number))
-		if gone[at.Pack] || p.m.rank(&at, id) != rankGood {
+		if _, rank := p.m.rank(&at, id); gone[at.Pack] || rank != rankGood {
 			continue
 		}
 		if size, ok := there[at.Pack]; chosen[at.Pack] || ok && size == k.size {

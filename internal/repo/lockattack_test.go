@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,8 +50,12 @@ func TestLockBeside(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := &Point{VM: "a", Time: clock.now(), Files: []File{f}}
-	if err := run.Lock(ctx, p); err != nil {
+	var told atomic.Int64
+	if err := run.Lock(ctx, p, func(_, total int64) { told.Add(1); told.CompareAndSwap(total, -1) }); err != nil {
 		t.Fatal(err)
+	}
+	if told.Load() != -1 {
+		t.Errorf("told of %d objects, and not of all", told.Load())
 	}
 	if err := errors.Join(left.Flush(ctx), left.Close()); err != nil { // announces
 		t.Fatal(err)

@@ -52,9 +52,21 @@ func (r *Repo) Immutable(ctx context.Context) (Immutability, error) {
 	return r.current().Locks.Immutability, err
 }
 
-// TryLocks proves that a store keeps locks of that mode. blob.ErrNoLock is the
-// proof of the contrary.
+// ErrNoRule is returned for a store that does not keep the locks which a rule
+// that is to be set would want.
+var ErrNoRule = errors.New("no immutability")
+
+// TryLocks proves that a store keeps locks of that mode, before a rule is set.
+// ErrNoRule is the proof of the contrary.
 func TryLocks(ctx context.Context, s blob.Store, mode string) error {
+	err := tryLocks(ctx, s, mode)
+	if errors.Is(err, blob.ErrNoLock) {
+		err = fmt.Errorf("%w: %w", ErrNoRule, err)
+	}
+	return err
+}
+
+func tryLocks(ctx context.Context, s blob.Store, mode string) error {
 	m := blob.ParseLockMode(mode)
 	if m == 0 {
 		return fmt.Errorf("lock mode %q is neither governance nor compliance", mode)
@@ -210,11 +222,17 @@ func (r *Repo) common(ctx context.Context, s *chain.State) ([]string, error) {
 // lock makes sure that objects are locked at least so, as this machine has read
 // back now or earlier.
 func (r *Repo) lock(ctx context.Context, names []string, want blob.Lock) error {
+	return r.lockAll(ctx, names, want, nil)
+}
+
+// lockAll is lock, and tells report how many of the objects that were not locked
+// so far are. It is called in parallel; nil is nobody.
+func (r *Repo) lockAll(ctx context.Context, names []string, want blob.Lock, report func(done, total int64)) error {
 	ends := make(map[string]time.Time, len(names))
 	for _, name := range names {
 		ends[name] = want.Until
 	}
-	return r.lockEach(ctx, ends, want.Mode, nil)
+	return r.lockEach(ctx, ends, want.Mode, report)
 }
 
 func (r *Repo) lockEach(ctx context.Context, ends map[string]time.Time, mode blob.LockMode, report func(done, total int64)) error {

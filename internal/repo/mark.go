@@ -46,17 +46,18 @@ type marker struct {
 	before map[string]Lease // open, listed before state was read; without the own
 	after  map[string]Lease // listed after that
 	packs  map[[32]byte]*packMark
-	read   map[[32]byte]bool  // index objects in packs
-	points map[PointID]bool   // walked
-	pins   map[PointID]string // named by pins, and by whose
-	pinned int                // forgotten points that are pinned
+	read   map[[32]byte]bool    // index objects in packs
+	points map[PointID]bool     // walked
+	roots  map[string]tree.Root // walked last, by history and disk
+	pins   map[PointID]string   // named by pins, and by whose
+	pinned int                  // forgotten points that are pinned
 	notes  map[string]bool
 
-	resolving chan struct{} // places for batches of chunks being looked up
+	resolving chan struct{} // the place of a batch of chunks being looked up
 
 	mu     sync.Mutex        // guards the bits of packs while walking, and what follows
-	chunks []neededChunk     // of walked nodes, not looked up yet
-	spare  []neededChunk     // to be used for the next ones
+	chunks *chunkBatch       // of walked nodes, not looked up yet
+	spare  *chunkBatch       // to be used for the next ones
 	nodes  map[tree.ID]bool  // walked, or being walked
 	walked []PointID         // points whose maps were walked
 	lost   map[PointID]int64 // chunks of which there is no copy
@@ -69,16 +70,30 @@ type neededChunk struct {
 	point int32 // index in marker.walked
 }
 
+// chunkBatch has chunks by the first byte of their ids, so that what is sorted
+// at once stays in the processor's cache.
+type chunkBatch struct {
+	n    int
+	some [256][]neededChunk
+}
+
+func newBatch() *chunkBatch {
+	b := new(chunkBatch)
+	const room = batchChunks / len(b.some) * 9 / 8 // ids are as good as random
+	all := make([]neededChunk, len(b.some)*room)
+	for i := range b.some {
+		b.some[i] = all[i*room : i*room : (i+1)*room]
+	}
+	return b
+}
+
 const (
-	// chunkBatch is how many chunks are looked up at once: 24 MB. With those of
-	// a leaf more, they are numbered by chunkBits.
-	chunkBatch = 1 << 19
-	chunkBits  = 20
-	// resolvers is how many batches are looked up at once.
+	// batchChunks is how many chunks are looked up at once: 21 MB. Those of a
+	// first byte are numbered by chunkBits.
+	batchChunks = 1 << 19
+	chunkBits   = 20
+	// resolvers is in how many parts, side by side.
 	resolvers = 2
-	// releaseAfter is after how many nodes, each looked up at a random place of
-	// the index, its memory is given back: up to 2 MB each time.
-	releaseAfter = 8
 )
 
 // packMark is a pack of the inventory.
@@ -181,7 +196,7 @@ func (m *marker) tryCatchUp(ctx context.Context) error {
 	if m.state == nil || m.state.Moved != s.Moved {
 		m.packs, m.read, m.points = map[[32]byte]*packMark{}, map[[32]byte]bool{}, map[PointID]bool{}
 		m.lost, m.notes = map[PointID]int64{}, map[string]bool{}
-		m.chunks, m.walked, m.nodes = nil, nil, map[tree.ID]bool{}
+		m.chunks, m.walked, m.nodes, m.roots = nil, nil, map[tree.ID]bool{}, map[string]tree.Root{}
 	}
 	if err := m.inventory(ctx, s); err != nil {
 		return err
@@ -340,7 +355,10 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 	for _, d := range mapsOf(p) {
 		root, err := tree.ParseRoot(string(d.root), d.size)
 		if err == nil {
-			err = m.disk(ctx, p.ID, root)
+			key := string(p.History) + "/" + d.what
+			if err = m.disk(ctx, p.ID, m.roots[key], root); err == nil {
+				m.roots[key] = root
+			}
 		}
 		if errors.Is(err, ErrDamaged) || errors.Is(err, tree.ErrNode) {
 			if m.r.refresh(ctx) == nil && m.r.current().Moved != m.state.Moved {
@@ -359,15 +377,18 @@ func (m *marker) point(ctx context.Context, p *Point) error {
 // walkers is how many nodes are read at once: a store far away needs it.
 const walkers = 16
 
-func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
+// disk walks a map but for what is the same, at the same place, in one that was
+// walked before: of most leaves a few chunks have changed.
+func (m *marker) disk(ctx context.Context, p PointID, before, root tree.Root) error {
 	m.mu.Lock()
 	point := int32(len(m.walked))
 	m.walked = append(m.walked, p)
 	m.mu.Unlock()
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(walkers)
-	var walk func(id tree.ID, level int) error
-	walk = func(id tree.ID, level int) error {
+	empty := new(tree.Node)
+	var walk func(old, id tree.ID, level int) error
+	walk = func(old, id tree.ID, level int) error {
 		m.mu.Lock()
 		known := m.nodes[id]
 		m.nodes[id] = true
@@ -382,66 +403,86 @@ func (m *marker) disk(ctx context.Context, p PointID, root tree.Root) error {
 		if err != nil {
 			return err
 		}
-		if level == 0 {
-			return m.need(n, point)
+		was := empty
+		if old != (tree.ID{}) {
+			if o, err := m.r.node(gctx, old, level); err == nil {
+				was = o
+			}
 		}
-		for _, c := range n.Children {
+		if level == 0 {
+			return m.need(was, n, point)
+		}
+		below := make([]tree.ID, tree.Fanout)
+		m.mu.Lock()
+		for i, c := range n.Children {
+			if c != was.Children[i] && !m.nodes[c] {
+				below[i] = c
+			}
+		}
+		m.mu.Unlock()
+		m.r.ahead(gctx, below, level-1)
+		for i, c := range below {
 			if c == (tree.ID{}) {
 				continue
 			}
-			if !g.TryGo(func() error { return walk(c, level-1) }) {
-				if err := walk(c, level-1); err != nil {
+			if !g.TryGo(func() error { return walk(was.Children[i], c, level-1) }) {
+				if err := walk(was.Children[i], c, level-1); err != nil {
 					return err
 				}
 			}
 		}
 		return nil
 	}
-	if root.ID != (tree.ID{}) {
-		g.Go(func() error { return walk(root.ID, root.Levels-1) })
+	if before.Levels != root.Levels {
+		before.ID = tree.ID{}
+	}
+	if root.ID != (tree.ID{}) && root.ID != before.ID {
+		g.Go(func() error { return walk(before.ID, root.ID, root.Levels-1) })
 	}
 	return g.Wait()
 }
 
-// need notes the chunks of a leaf, and marks those noted when they have become
-// many.
-func (m *marker) need(n *tree.Node, point int32) error {
-	var full []neededChunk
+// need notes the chunks of a leaf that it was without, and marks those noted when
+// they have become many.
+func (m *marker) need(was, n *tree.Node, point int32) error {
+	var full *chunkBatch
 	m.mu.Lock()
 	if m.chunks == nil {
 		m.chunks, m.spare = m.spare, nil
 	}
 	if m.chunks == nil {
-		m.chunks = make([]neededChunk, 0, chunkBatch+tree.Fanout)
+		m.chunks = newBatch()
 	}
-	for _, c := range n.Children {
-		if c != (tree.ID{}) {
-			m.chunks = append(m.chunks, neededChunk{c, point})
+	for i := range n.Children {
+		if c := &n.Children[i]; *c != (tree.ID{}) && *c != was.Children[i] {
+			some := &m.chunks.some[c[0]]
+			*some = append(*some, neededChunk{*c, point})
+			m.chunks.n++
 		}
 	}
-	if len(m.chunks) >= chunkBatch {
+	if m.chunks.n >= batchChunks {
 		full, m.chunks = m.chunks, nil
 	}
-	many := len(m.nodes)%releaseAfter == 0
 	m.mu.Unlock()
-	if many {
-		m.r.index.Release()
-	}
 	if full == nil {
 		return nil
 	}
 	err := m.markChunks(full)
+	for i := range full.some {
+		full.some[i] = full.some[i][:0]
+	}
+	full.n = 0
 	m.mu.Lock()
-	m.spare = full[:0]
+	m.spare = full
 	m.mu.Unlock()
 	return err
 }
 
 // sortChunks gives the order of the chunks' ids: keys of which the lowest
 // chunkBits are indexes. Moving keys is less work than moving chunks.
-func sortChunks(chunks []neededChunk) []uint64 {
+func sortChunks(keys []uint64, chunks []neededChunk) []uint64 {
 	const low = 1<<chunkBits - 1
-	keys := make([]uint64, len(chunks))
+	keys = slices.Grow(keys[:0], len(chunks))[:len(chunks)]
 	for i := range chunks {
 		keys[i] = binary.BigEndian.Uint64(chunks[i].id[:])&^low | uint64(i)
 	}
@@ -455,31 +496,40 @@ func sortChunks(chunks []neededChunk) []uint64 {
 }
 
 // markChunks marks chunks in the index's order.
-func (m *marker) markChunks(chunks []neededChunk) error {
-	if len(chunks) == 0 {
+func (m *marker) markChunks(batch *chunkBatch) error {
+	if batch == nil || batch.n == 0 {
 		return nil
 	}
 	m.resolving <- struct{}{} // keeps those who make more waiting
 	defer func() { <-m.resolving }()
-	order := sortChunks(chunks)
-	i := 0
+	var g errgroup.Group
+	for some := range slices.Chunk(batch.some[:], len(batch.some)/resolvers) {
+		g.Go(func() error { return m.markSome(some) })
+	}
+	return g.Wait()
+}
+
+// markSome marks some of a batch's chunks.
+func (m *marker) markSome(parts [][]neededChunk) error {
+	var order []uint64
+	var c *neededChunk
 	ids := func(yield func(pack.ID) bool) {
-		for _, key := range order {
-			i = int(key & (1<<chunkBits - 1))
-			if !yield(chunks[i].id) {
-				return
+		for _, some := range parts {
+			order = sortChunks(order, some)
+			for _, key := range order {
+				if c = &some[key&(1<<chunkBits-1)]; !yield(c.id) {
+					return
+				}
 			}
 		}
 	}
 	return m.r.index.LookupAll(ids, func(places []index.Place) error {
-		err := m.markPlace(chunks[i].id, places)
-		if errors.Is(err, errLost) {
+		if !m.markPlace(c.id, places) {
 			m.mu.Lock()
 			defer m.mu.Unlock()
-			m.lost[m.walked[chunks[i].point]]++
-			return nil
+			m.lost[m.walked[c.point]]++
 		}
-		return err
+		return nil
 	})
 }
 
@@ -491,32 +541,38 @@ func (m *marker) mark(id pack.ID) error {
 	if err != nil {
 		return err
 	}
-	return m.markPlace(id, places)
-}
-
-// markPlace is mark for an item of which it is known where it lies.
-func (m *marker) markPlace(id pack.ID, places []index.Place) error {
-	best, bestRank := -1, 0
-	for i, p := range places {
-		if rank := m.rank(&p, id); rank > bestRank || rank == bestRank && rank > 0 && m.newer(&p, &places[best]) {
-			best, bestRank = i, rank
-		}
-	}
-	if best < 0 {
+	if !m.markPlace(id, places) {
 		return errLost
 	}
-	p := places[best]
+	return nil
+}
+
+// markPlace is mark for an item of which it is known where it lies. False is
+// for one that has no copy.
+func (m *marker) markPlace(id pack.ID, places []index.Place) bool {
+	var best *packMark
+	var at *index.Place
+	bestRank := 0
+	for i := range places {
+		p := &places[i]
+		k, rank := m.rank(p, id)
+		if rank > bestRank || rank == bestRank && rank > 0 && m.newer(p, at) {
+			best, at, bestRank = k, p, rank
+		}
+	}
+	if best == nil {
+		return false
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	k := m.packs[p.Pack]
 	if bestRank == rankBad {
-		k.stuck = true
+		best.stuck = true
 	}
-	if !bit(k.live, int(p.Number)) {
-		setBit(&k.live, int(p.Number), k.items)
-		k.liveBytes += int64(p.Stored)
+	if !bit(best.live, int(at.Number)) {
+		setBit(&best.live, int(at.Number), best.items)
+		best.liveBytes += int64(at.Stored)
 	}
-	return nil
+	return true
 }
 
 const (
@@ -525,18 +581,18 @@ const (
 	rankGood
 )
 
-// rank says how good a copy is to rest on; 0 for not at all.
-func (m *marker) rank(p *index.Place, id pack.ID) int {
+// rank gives the pack of a copy, and how good that is to rest on; 0 for not at all.
+func (m *marker) rank(p *index.Place, id pack.ID) (*packMark, int) {
 	k := m.packs[p.Pack]
 	switch {
 	case k == nil || k.missing || int(p.Number) >= k.items:
-		return 0
-	case m.state.Bad[chain.Copy{Pack: p.Pack, ID: id}]:
-		return rankBad
+		return nil, 0
+	case len(m.state.Bad) > 0 && m.state.Bad[chain.Copy{Pack: p.Pack, ID: id}]:
+		return k, rankBad
 	case m.state.Quarantine[p.Pack] != 0:
-		return rankQuarantine
+		return k, rankQuarantine
 	}
-	return rankGood
+	return k, rankGood
 }
 
 // newer prefers the copy that was added later, so that a prune that was cut

@@ -19,7 +19,7 @@ func TestSortChunks(t *testing.T) {
 			clear(chunks[i].id[:rng.IntN(33)])
 		}
 	}
-	order := sortChunks(chunks)
+	order := sortChunks(nil, chunks)
 	var got, want []pack.ID
 	for i, key := range order {
 		got, want = append(got, chunks[key&(1<<chunkBits-1)].id), append(want, chunks[i].id)

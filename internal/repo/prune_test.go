@@ -403,6 +403,25 @@ func TestKeep(t *testing.T) {
 	}
 }
 
+// What was asked for as a date is told as a date, where it was asked.
+func TestUntilInWords(t *testing.T) {
+	east := time.FixedZone("east", 3600)
+	end := UntilTime(time.Date(2027, 3, 2, 0, 0, 0, 0, east))
+	for _, c := range []struct {
+		u     Until
+		place *time.Location
+		want  string
+	}{
+		{"", east, ""}, {Forever, east, "for ever"},
+		{end, east, "until the end of 2027-03-01"}, {end, time.UTC, "until 2027-03-01 23:00:00"},
+		{"2027-12-31T18:00:00Z", east, "until 2027-12-31 19:00:00"},
+	} {
+		if got := c.u.In(c.place); got != c.want {
+			t.Errorf("%q: %q, want %q", c.u, got, c.want)
+		}
+	}
+}
+
 func points(t *testing.T, r *Repo) []Point {
 	t.Helper()
 	all, err := r.Points(ctx)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 
+	"golang.org/x/sync/errgroup"
+
 	"holdfast/internal/disk"
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/tree"
@@ -90,25 +92,33 @@ func part(p []byte, off, i int64) (piece []byte, from int) {
 	return p[max(0, start):min(int64(len(p)), start+ChunkSize)], from
 }
 
+// readCached reads chunk by chunk through the cache, side by side those that
+// are not in it: of a store far away each costs the same time.
 func (d *DiskReader) readCached(ctx context.Context, p []byte, off, first int64, ids []pack.ID) error {
+	g, gctx := errgroup.WithContext(ctx)
 	for k, id := range ids {
 		piece, from := part(p, off, first+int64(k))
-		if id == (pack.ID{}) {
+		switch {
+		case id == (pack.ID{}):
 			clear(piece)
-			continue
-		}
-		err := d.r.chunks.read(ctx, id, piece, from, func(buf []byte) error {
-			content, err := d.chunk(ctx, buf[:0], id)
-			if err == nil && &content[0] != &buf[0] {
-				copy(buf, content)
-			}
-			return err
-		})
-		if err != nil {
-			return err
+		case len(ids) == 1:
+			return d.readChunk(ctx, piece, from, id)
+		case !d.r.chunks.peek(id, piece, from):
+			g.Go(func() error { return d.readChunk(gctx, piece, from, id) })
 		}
 	}
-	return nil
+	return g.Wait()
+}
+
+// readChunk reads a piece of a chunk through the cache.
+func (d *DiskReader) readChunk(ctx context.Context, piece []byte, from int, id pack.ID) error {
+	return d.r.chunks.read(ctx, id, piece, from, func(buf []byte) error {
+		content, err := d.chunk(ctx, buf[:0], id)
+		if err == nil && &content[0] != &buf[0] {
+			copy(buf, content)
+		}
+		return err
+	})
 }
 
 // ReadCached fills p with the bytes at off if they, and the map's nodes for them,

@@ -19,9 +19,14 @@ type suspicion struct{ first, second string }
 // went wrong: the way here may have been at fault. p is what was read last, nil
 // when it could not be. An error means that the store answers nothing at all,
 // which says nothing about the object.
-func readTwice(ctx context.Context, s getter, name string, sum [32]byte) (p []byte, what suspicion, err error) {
+func readTwice(ctx context.Context, s blob.Getter, name string, sum [32]byte) (p []byte, what suspicion, err error) {
+	return twice(ctx, s, name, sum, func() ([]byte, error) { return s.Get(ctx, name, 0, -1) })
+}
+
+// twice is readTwice by a function.
+func twice(ctx context.Context, s blob.Getter, name string, sum [32]byte, read func() ([]byte, error)) (p []byte, what suspicion, err error) {
 	for _, w := range []*string{&what.first, &what.second} {
-		p, err = s.Get(ctx, name, 0, -1)
+		p, err = read()
 		switch {
 		case err == nil && sha256.Sum256(p) == sum:
 			return p, what, nil
@@ -49,11 +54,6 @@ func readTwice(ctx context.Context, s getter, name string, sum [32]byte) (p []by
 
 // notHere is what is wrong with a pack that a tier, opened by itself, lacks.
 const notHere = "not in this tier"
-
-// getter is the part of a blob.Store that reads.
-type getter interface {
-	Get(ctx context.Context, name string, off, n int64) ([]byte, error)
-}
 
 // ownFirst reads an object's copy in the own store, and another one only when
 // there is none: a check wants to know of one that cannot be read, where others

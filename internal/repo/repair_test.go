@@ -188,12 +188,13 @@ type gets struct {
 }
 
 func (g *gets) Get(ctx context.Context, name string, off, n int64) ([]byte, error) {
-	if n < 0 {
+	p, err := g.Store.Get(ctx, name, off, n)
+	if whole, _ := g.Store.Get(ctx, name, 0, -1); err == nil && len(p) == len(whole) {
 		g.mu.Lock()
 		g.seen[name] = true
 		g.mu.Unlock()
 	}
-	return g.Store.Get(ctx, name, off, n)
+	return p, err
 }
 
 // twins gives two repositories of one VM: two points, the first copied, the

@@ -67,7 +67,7 @@ func (run *Run) appendPoint(ctx context.Context, p *Point, allowed func(*chain.S
 		case errors.Is(err, errUnverified):
 			err = run.verify(ctx, p)
 		case errors.Is(err, errUnlocked):
-			err = run.lock(ctx, p)
+			err = run.lock(ctx, p, nil)
 		default:
 			return err
 		}

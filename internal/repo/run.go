@@ -341,7 +341,7 @@ func (run *Run) commit(ctx context.Context, p *Point, allowed func(*chain.State)
 	run.mu.Lock()
 	p.NewBytes, p.StoredBytes = run.newPlain, run.stored
 	run.mu.Unlock()
-	if err := run.lock(ctx, p); err != nil {
+	if err := run.lock(ctx, p, nil); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
 	if err := run.appendPoint(ctx, p, allowed); err != nil {

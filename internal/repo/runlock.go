@@ -29,14 +29,15 @@ type lockedAt struct {
 
 // Lock locks all that the point needs, which has all its disks and files, as
 // the repository's rule wants it; without one it does nothing. Commit does so
-// too, but then there is little left to do.
-func (run *Run) Lock(ctx context.Context, p *Point) error {
+// too, but then there is little left to do. report is told how many of the
+// objects to be locked are, in parallel; nil is nobody.
+func (run *Run) Lock(ctx context.Context, p *Point, report func(done, total int64)) error {
 	if err := run.Flush(ctx); err != nil {
 		return err
 	}
 	run.announcing.Lock()
 	defer run.announcing.Unlock()
-	return run.lock(ctx, p)
+	return run.lock(ctx, p, report)
 }
 
 // isLocked refuses unless all was locked that a point needs which follows s.
@@ -57,13 +58,13 @@ func (r *Repo) canLock() error {
 }
 
 // lock locks what the point needs as things are now. The caller holds announcing.
-func (run *Run) lock(ctx context.Context, p *Point) error {
+func (run *Run) lock(ctx context.Context, p *Point, report func(done, total int64)) error {
 	for {
 		s := run.r.current()
 		if s.Locks.Days == 0 {
 			return nil
 		}
-		err := run.lockFor(ctx, s, p)
+		err := run.lockFor(ctx, s, p, report)
 		if !errors.Is(err, blob.ErrNotExist) {
 			return err
 		}
@@ -77,7 +78,7 @@ func (run *Run) lock(ctx context.Context, p *Point) error {
 	}
 }
 
-func (run *Run) lockFor(ctx context.Context, s *chain.State, p *Point) error {
+func (run *Run) lockFor(ctx context.Context, s *chain.State, p *Point, report func(done, total int64)) error {
 	r := run.r
 	want := wantedLock(s.Locks.Immutability, r.now())
 	names, err := r.common(ctx, s)
@@ -117,7 +118,7 @@ func (run *Run) lockFor(ctx context.Context, s *chain.State, p *Point) error {
 			r.locks.set(u.Object, blob.Lock{})
 		}
 	}
-	if err := r.lock(ctx, slices.Concat(names, packs), want); err != nil {
+	if err := r.lockAll(ctx, slices.Concat(names, packs), want, report); err != nil {
 		return err
 	}
 	for _, name := range packs {

@@ -125,17 +125,19 @@ func (p *pruner) replace(ctx context.Context, old [][32]byte, gone map[[32]byte]
 	}
 	var keep []index.Pack
 	items := 0
-	flush := func() error {
-		for len(keep) > 0 {
+	flush := func(least int) error { // as long as so many items are there
+		for len(keep) > 0 && (items >= least || len(keep) >= indexPacks) {
 			n := indexful(keep)
 			d, err := p.r.putIndex(ctx, keep[:n], c.Drops...)
 			if err != nil {
 				return err
 			}
 			c.Adds = append(c.Adds, bytes.Clone(d[:]))
+			for _, k := range keep[:n] {
+				items -= len(k.Items)
+			}
 			keep = keep[n:]
 		}
-		items = 0
 		return nil
 	}
 	err := p.r.readMany(ctx, old, func(d [32]byte, list []index.Pack, err error) error {
@@ -150,13 +152,10 @@ func (p *pruner) replace(ctx context.Context, old [][32]byte, gone map[[32]byte]
 			keep = append(keep, k)
 			items += len(k.Items)
 		}
-		if items >= indexItems || len(keep) >= indexPacks {
-			return flush()
-		}
-		return nil
+		return flush(indexItems)
 	})
 	if err == nil {
-		err = flush()
+		err = flush(0)
 	}
 	if err == nil {
 		err = p.lockIndexes(ctx, c.Adds, old)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -20,10 +21,11 @@ import (
 
 // Tool is the program with its surroundings. Its methods may run in parallel.
 type Tool struct {
-	Bin        string // the program
-	Repo       string // HOLDFAST_REPO
-	State      string // HOLDFAST_STATE
-	Passphrase string // HOLDFAST_PASSPHRASE
+	Bin        string   // the program
+	Repo       string   // HOLDFAST_REPO
+	State      string   // HOLDFAST_STATE
+	Passphrase string   // HOLDFAST_PASSPHRASE
+	More       []string // what else is in its environment, as NAME=VALUE
 }
 
 // Result is how a run ended.
@@ -107,7 +109,7 @@ func (t *Tool) start(also io.Writer, args []string) (*Process, error) {
 
 // Env is the environment that the program runs in.
 func (t *Tool) Env() []string {
-	return append(os.Environ(), "HOLDFAST_REPO="+t.Repo, "HOLDFAST_STATE="+t.State, "HOLDFAST_PASSPHRASE="+t.Passphrase)
+	return slices.Concat(os.Environ(), []string{"HOLDFAST_REPO=" + t.Repo, "HOLDFAST_STATE=" + t.State, "HOLDFAST_PASSPHRASE=" + t.Passphrase}, t.More)
 }
 
 // Stderr is what the process has written to stderr so far; Stdout likewise.

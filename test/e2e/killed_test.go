@@ -49,12 +49,14 @@ func (w *world) killAfter(d time.Duration, args ...string) bool {
 }
 
 // TestBackupKilled kills backups of a working guest at random moments. The next
-// backup must clean up what they left on the host and be right.
+// backup must clean up what they left on the host and be right. At last the
+// guest's agent hangs.
 func TestBackupKilled(t *testing.T) {
 	w := newWorld(t)
 	g := lab.Start(t, twoDisks())
 	w.ok(g.StartWriter(w.ctx, places...))
 	w.killBackups(g, seed(t), 3)
+	w.agentHangs(g)
 }
 
 // killBackups kills n backups, each followed by one that is verified.
@@ -98,10 +100,9 @@ func (w *world) goesOn(g *lab.Guest) uint64 {
 	return now
 }
 
-// TestAgentHangs backs up a guest whose agent is there and does not answer.
-func TestAgentHangs(t *testing.T) {
-	w := newWorld(t)
-	g := lab.Start(t, lab.Options{})
+// agentHangs backs up a guest whose agent is there and does not answer.
+func (w *world) agentHangs(g *lab.Guest) {
+	w.t.Helper()
 	_, err := g.Exec(w.ctx, "(sleep 1; kill -STOP $(pidof qemu-ga)) >/dev/null 2>&1 &")
 	w.ok(err)
 	w.ok(lab.Poll(w.ctx, time.Minute, "the agent hangs", func() (bool, error) {
@@ -111,7 +112,7 @@ func TestAgentHangs(t *testing.T) {
 	from := time.Now()
 	w.refused(w.Run(w.ctx, "backup", host, g.Name), 1, "--consistency crash")
 	if took := time.Since(from); took > time.Minute {
-		t.Errorf("it took %v", took)
+		w.t.Errorf("it took %v", took)
 	}
 	w.clean(g.Name)
 	w.backup(host, g.Name, "--consistency", "crash")

@@ -43,7 +43,9 @@ func TestSoak(t *testing.T) {
 
 // soak is one round; it returns how often it killed.
 func soak(t *testing.T, r *rand.Rand) int {
-	w := newWorld(t)
+	lab.Need(t)
+	w := world0(t)
+	w.must("init")
 	kills := 1 + r.IntN(5)
 	writes := []string{"host", "server"}[r.IntN(2)]
 	if r.IntN(2) == 0 {

@@ -39,7 +39,7 @@ type world struct {
 // that the test did not remove.
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	lab.Need(t)
+	lab.Beside(t)
 	w := world0(t)
 	w.must("init")
 	return w

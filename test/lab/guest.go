@@ -185,12 +185,15 @@ func Dir(ctx context.Context, name string) (string, error) {
 	return "", fmt.Errorf("guest %s has no disk in %s", name, base())
 }
 
+// bootLimit is for a guest that does not boot; beside others it takes minutes.
+const bootLimit = 10 * time.Minute
+
 // Boot starts the guest and waits until its agent answers.
 func (g *Guest) Boot(ctx context.Context) error {
 	if _, err := Virsh(ctx, "start", g.Name); err != nil {
 		return err
 	}
-	return g.WaitAgent(ctx, 3*time.Minute)
+	return g.WaitAgent(ctx, bootLimit)
 }
 
 // WaitAgent waits until the guest's agent answers.

@@ -50,7 +50,7 @@
 // # In tests
 //
 //	func TestX(t *testing.T) {
-//		lab.Need(t)
+//		lab.Beside(t)
 //		g := lab.Start(t, lab.Options{})
 //		...
 //	}
@@ -66,6 +66,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -83,6 +84,32 @@ func Need(t *testing.T) {
 	if err := ready(); err != nil {
 		t.Fatalf("HOLDFAST_LAB=1, but this machine cannot run guests: %v", err)
 	}
+}
+
+// Beside is Need for a test that may run beside others: it lets them go on until
+// one of the machine's places is free, of which there are one more than
+// processors, since guests and tests wait for much. All processes share them.
+func Beside(t *testing.T) {
+	t.Helper()
+	Need(t)
+	t.Parallel()
+	var free func()
+	began := time.Now()
+	err := Poll(t.Context(), time.Hour, "a place for a test is free", func() (bool, error) {
+		for i := range runtime.NumCPU() + 1 {
+			unlock, err := tryLock(filepath.Join(Cache(), fmt.Sprintf("place-%d", i)))
+			if err != nil || unlock != nil {
+				free = unlock
+				return err == nil, err
+			}
+		}
+		return false, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(free)
+	t.Logf("waited %.0f s for a place", time.Since(began).Seconds())
 }
 
 // ready is nil when guests can be started, and then has swept once.
@@ -111,7 +138,7 @@ var ready = sync.OnceValue(func() error {
 // directory go when the test ends.
 func Start(t *testing.T, o Options) *Guest {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), bootLimit+2*time.Minute)
 	defer cancel()
 	g, err := New(ctx, o)
 	if err != nil {

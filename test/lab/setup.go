@@ -135,12 +135,13 @@ func output(ctx context.Context, name string, args ...string) (string, error) {
 	return out.String(), nil
 }
 
-// Poll calls f until it reports true, at most for limit. f's error ends it.
+// Poll calls f until it reports true, at most for limit. f's error ends it. It
+// looks ten times a second, and after five seconds twice: most looks start a
+// process, which takes from the guests.
 func Poll(ctx context.Context, limit time.Duration, what string, f func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
+	began, wait := time.Now(), 100*time.Millisecond
 	for {
 		ok, err := f()
 		if ok || err != nil {
@@ -149,7 +150,10 @@ func Poll(ctx context.Context, limit time.Duration, what string, f func() (bool,
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("waited %v until %s: %w", limit, what, ctx.Err())
-		case <-tick.C:
+		case <-time.After(wait):
+		}
+		if time.Since(began) > 5*time.Second {
+			wait = 500 * time.Millisecond
 		}
 	}
 }

@@ -20,7 +20,7 @@ import (
 // system disk and of a data disk, brought up to date by nothing but what is
 // listed as changed, is byte for byte what the second snapshot reads.
 func TestLabLoad(t *testing.T) {
-	lab.Need(t)
+	lab.Beside(t)
 	ctx := t.Context()
 	g := lab.Start(t, lab.Options{Disks: []lab.Disk{{Format: "qcow2", Size: 128 << 20}}})
 	h := open(t, Options{})

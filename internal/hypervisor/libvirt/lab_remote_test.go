@@ -22,7 +22,7 @@ import (
 // TestLabRemote reaches this machine's daemon as a remote one, over TCP and
 // over ssh, and backs up a guest both ways.
 func TestLabRemote(t *testing.T) {
-	lab.Need(t)
+	lab.Beside(t)
 	g := lab.Start(t, lab.Options{Blank: true, Stopped: true})
 	want := bytes.Repeat([]byte("holdfast"), 1<<13)
 	src := filepath.Join(t.TempDir(), "p")

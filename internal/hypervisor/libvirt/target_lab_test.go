@@ -192,7 +192,7 @@ type recovering struct {
 
 // recoverGuest brings a guest up from the published image.
 func recoverGuest(t *testing.T, server bool) *recovering {
-	lab.Need(t)
+	lab.Beside(t)
 	ctx := t.Context()
 	r := &recovering{T: t, h: openHost(t), storage: lab.Storage(t)}
 	original := lab.Start(t, lab.Options{Stopped: true})

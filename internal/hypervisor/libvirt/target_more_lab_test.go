@@ -63,7 +63,7 @@ func TestMigrateStopped(t *testing.T) {
 // system. change edits the plan.
 func blank(t *testing.T, change func(*hypervisor.NewVM)) (*Host, hypervisor.NewVM, hypervisor.VMID) {
 	t.Helper()
-	lab.Need(t)
+	lab.Beside(t)
 	ctx := t.Context()
 	h, storage := openHost(t), lab.Storage(t)
 	original := lab.Start(t, lab.Options{Stopped: true, Blank: true})
@@ -173,7 +173,7 @@ func TestNVRAM(t *testing.T) {
 
 // Nothing foreign is deleted, and what is refused leaves nothing.
 func TestForeign(t *testing.T) {
-	lab.Need(t)
+	lab.Beside(t)
 	ctx := t.Context()
 	h, storage := openHost(t), lab.Storage(t)
 	g := lab.Start(t, lab.Options{Stopped: true, Blank: true})
@@ -224,7 +224,7 @@ func TestForeign(t *testing.T) {
 // Files of a host that is another machine go through a storage pool, which is
 // not left behind.
 func TestRemoteFiles(t *testing.T) {
-	lab.Need(t)
+	lab.Beside(t)
 	ctx := t.Context()
 	h, storage := openHost(t), lab.Storage(t)
 	h.addr.transport = "remote" // its files are not ours, so to speak

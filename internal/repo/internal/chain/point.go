@@ -74,6 +74,21 @@ func (u Until) Holds(now time.Time) bool {
 	return err != nil || now.Before(t)
 }
 
+// In says it in the words of a place: "for ever", "until" a time, or, when a day
+// begins there then, "until the end of" the day before; "" for not at all.
+func (u Until) In(place *time.Location) string {
+	t, err := time.Parse(time.RFC3339, string(u))
+	switch t = t.In(place); {
+	case u == "":
+		return ""
+	case err != nil:
+		return "for ever"
+	case t.Hour()+t.Minute()+t.Second() == 0:
+		return "until the end of " + t.AddDate(0, 0, -1).Format(time.DateOnly)
+	}
+	return "until " + t.Format(time.DateTime)
+}
+
 // Tier is a store beside the repository's own one.
 type Tier struct {
 	Name     string `json:"name"`

@@ -15,7 +15,7 @@ func (x *Index) LookupAll(ids func(yield func(pack.ID) bool), found func(places 
 	defer x.mu.RUnlock()
 	walkers := make([]*walker, len(x.segments))
 	for i, s := range x.segments {
-		walkers[i] = &walker{s: s, loaded: -1}
+		walkers[i] = &walker{s: s, page: -1, loaded: -1}
 		defer walkers[i].release()
 	}
 	var places []Place
@@ -36,7 +36,7 @@ func (x *Index) LookupAll(ids func(yield func(pack.ID) bool), found func(places 
 // walker looks ascending ids up in a segment.
 type walker struct {
 	s        *segment
-	page     int64 // the last one whose first id is below the ids to come, or 0
+	page     int64 // the last one whose first id is below the ids to come, or 0; -1 before the first
 	loaded   int64 // the page whose items are in items; -1 for none
 	released int64
 	items    []byte
@@ -46,6 +46,10 @@ func (w *walker) lookup(id pack.ID, places []Place) ([]Place, error) {
 	s := w.s
 	if s.pages == 0 {
 		return places, nil
+	}
+	if w.page < 0 {
+		w.page = s.first(id)
+		w.released = w.page
 	}
 	for w.page+1 < s.pages && bytes.Compare(s.firstID(w.page+1), id[:]) < 0 {
 		w.page++
@@ -68,16 +72,9 @@ func (w *walker) lookup(id pack.ID, places []Place) ([]Place, error) {
 
 // release gives the pages before the one in use back.
 func (w *walker) release() {
+	if w.page < 0 {
+		return
+	}
 	release(w.s.data[(w.released+1)*pageLen : (w.page+1)*pageLen])
 	w.released = w.page
-}
-
-// Release gives the memory back that lookups have touched: the files stay
-// mapped, and are read again. It makes the process look as small as it is.
-func (x *Index) Release() {
-	x.mu.RLock()
-	defer x.mu.RUnlock()
-	for _, s := range x.segments {
-		release(s.data)
-	}
 }

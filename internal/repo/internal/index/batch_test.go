@@ -16,7 +16,7 @@ import (
 func TestBatch(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
-	for _, limit := range []int{300, 1 << 20} {
+	for _, limit := range []int{3 * itemLen, blockBytes} {
 		rng := rand.New(rand.NewPCG(seed, uint64(limit)))
 		one, err := Open(t.TempDir(), nil)
 		if err != nil {
@@ -32,7 +32,7 @@ func TestBatch(t *testing.T) {
 		known := []pack.ID{{}, pack.ID(bytes.Repeat([]byte{255}, 32))}
 		for range 3 {
 			b := many.NewBatch()
-			b.limit = limit
+			b.block = limit
 			for range 8 {
 				src, packs, ids := object(rng, known)
 				for range 200 { // one id on several pages
@@ -78,7 +78,6 @@ func TestBatch(t *testing.T) {
 				t.Errorf("limit %d: %d of %d ids, %v", limit, i, len(ids), err)
 			}
 		}
-		many.Release()
 		if got, err := many.Lookup(known[0], nil); err != nil || len(got) == 0 {
 			t.Errorf("after a release: %v, %v", got, err)
 		}

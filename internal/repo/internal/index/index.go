@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"holdfast/internal/repo/internal/pack"
 	"holdfast/internal/repo/internal/seal"
@@ -78,7 +79,18 @@ type Index struct {
 
 	mu       sync.RWMutex // guards segments; lookups hold it for reading
 	segments []*segment   // largest first
+
+	lookups atomic.Uint32
 }
+
+const (
+	// releaseAfter is after how many lookups the memory that they have touched is
+	// given back: each touches a few places, and the system maps 64 KiB around
+	// each.
+	releaseAfter = 128
+	// releaseBytes is from which size of a segment on; what is smaller stays.
+	releaseBytes = 64 << 20
+)
 
 // Open reads the cache directory, making it if need be. Segments that name a
 // source outside live are deleted.
@@ -143,10 +155,18 @@ func (x *Index) Has(source [32]byte) bool {
 	return false
 }
 
-// Lookup appends to places everywhere that id lies.
+// Lookup appends to places everywhere that id lies. Of a large index only what
+// was touched last stays in the process's memory, some 25 MB.
 func (x *Index) Lookup(id pack.ID, places []Place) ([]Place, error) {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
+	if x.lookups.Add(1)%releaseAfter == 0 {
+		for _, s := range x.segments {
+			if len(s.data) >= releaseBytes {
+				release(s.data)
+			}
+		}
+	}
 	for _, s := range x.segments {
 		var err error
 		if places, err = s.lookup(id, places); err != nil {
@@ -222,14 +242,12 @@ func (x *Index) merge(a, b *segment) error {
 		return err
 	}
 	packs := make([][32]byte, 0, (len(a.packs)+len(b.packs))/32)
-	var runs []run
 	for _, s := range []*segment{a, b} {
-		runs = append(runs, run{newCursor(s), uint32(len(packs))})
 		for i := range uint32(len(s.packs) / 32) {
 			packs = append(packs, s.packName(i))
 		}
 	}
-	if err := mergeInto(w, runs); err != nil {
+	if err := mergeInto(w, newCursor(a), newCursor(b), uint32(len(a.packs)/32)); err != nil {
 		return errors.Join(err, w.abort())
 	}
 	return x.install(w, packs, slices.Concat(a.sources, b.sources), []*segment{a, b})

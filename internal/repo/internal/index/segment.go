@@ -134,8 +134,8 @@ func (s *segment) firstID(i int64) []byte {
 	return s.data[(i+1)*pageLen+4 : (i+1)*pageLen+36]
 }
 
-// lookup appends to places where id lies.
-func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
+// first gives the page on which id begins, if it is there.
+func (s *segment) first(id pack.ID) int64 {
 	// The last page whose first id is not above id. Ids are uniform, so that
 	// guessing by their values ends after few steps, all in one place of the
 	// file. Halving ends it for others.
@@ -157,7 +157,12 @@ func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
 	for i > 0 && bytes.Equal(s.firstID(i), id[:]) {
 		i--
 	}
-	for ; i < s.pages && bytes.Compare(s.firstID(i), id[:]) <= 0; i++ {
+	return i
+}
+
+// lookup appends to places where id lies.
+func (s *segment) lookup(id pack.ID, places []Place) ([]Place, error) {
+	for i := s.first(id); i < s.pages && bytes.Compare(s.firstID(i), id[:]) <= 0; i++ {
 		p, err := s.page(i)
 		if err != nil {
 			return places, err
@@ -214,6 +219,16 @@ func newSegmentWriter(dir string) (*segmentWriter, error) {
 
 func (w *segmentWriter) add(it item) {
 	w.page = it.append(w.page)
+	w.added()
+}
+
+// addBytes is add for an item as it is in a page.
+func (w *segmentWriter) addBytes(p []byte) {
+	w.page = append(w.page, p...)
+	w.added()
+}
+
+func (w *segmentWriter) added() {
 	w.items++
 	if len(w.page) == 4+itemsPerPage*itemLen {
 		w.flush()
@@ -245,15 +260,6 @@ func (w *segmentWriter) finish(packs, sources [][32]byte) (path string, err erro
 	}
 	path = filepath.Join(filepath.Dir(w.f.Name()), fmt.Sprintf("%x.segment", nameOf(sources)))
 	return path, os.Rename(w.f.Name(), path)
-}
-
-// close writes names and header; it returns the path of a file that is only
-// for this process.
-func (w *segmentWriter) close(packs, sources [][32]byte) (path string, err error) {
-	if err := w.write(packs, sources); err != nil {
-		return "", errors.Join(err, w.abort())
-	}
-	return w.f.Name(), w.f.Close()
 }
 
 // write writes what is behind and before the items.
