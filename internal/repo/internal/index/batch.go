@@ -128,7 +128,7 @@ func (b *Batch) write(w *segmentWriter) error {
 			to <- answer{items, order, low, err}
 		})
 	}
-	ahead := runtime.GOMAXPROCS(0)
+	ahead := min(runtime.GOMAXPROCS(0), 4) // 20 MB each with 100 million items
 	for i := range ahead {
 		sort(i)
 	}
