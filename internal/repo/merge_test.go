@@ -262,6 +262,7 @@ func TestMergeChoice(t *testing.T) {
 
 // The largest index object that is made is one that is read.
 func TestMostPacks(t *testing.T) {
+	long(t)
 	r := create(t, new(blob.Mem))
 	packs := make([]index.Pack, indexPacks+1)
 	for i := range packs {

@@ -2,6 +2,7 @@ package repo
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
@@ -48,11 +49,10 @@ func stored(t *testing.T, s blob.Store, prefix string) (n int, size int64) {
 }
 
 func random(seed uint64, chunks int) []byte {
-	rng := rand.New(rand.NewPCG(seed, 9))
+	var s [32]byte
+	binary.LittleEndian.PutUint64(s[:], seed)
 	p := make([]byte, chunks*ChunkSize)
-	for i := range p {
-		p[i] = byte(rng.Uint32())
-	}
+	rand.NewChaCha8(s).Read(p)
 	return p
 }
 
