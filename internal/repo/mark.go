@@ -53,10 +53,11 @@ type marker struct {
 	pinned int                  // forgotten points that are pinned
 	notes  map[string]bool
 
-	resolving chan struct{} // the place of a batch of chunks being looked up
+	filling   chan struct{} // held by who adds to chunks; before resolving
+	resolving chan struct{} // held by who looks a batch of chunks up
+	chunks    *chunkBatch   // of walked nodes, not looked up yet; by who holds filling
 
 	mu     sync.Mutex        // guards the bits of packs while walking, and what follows
-	chunks *chunkBatch       // of walked nodes, not looked up yet
 	spare  *chunkBatch       // to be used for the next ones
 	nodes  map[tree.ID]bool  // walked, or being walked
 	walked []PointID         // points whose maps were walked
@@ -445,10 +446,13 @@ func (m *marker) disk(ctx context.Context, p PointID, before, root tree.Root) er
 // need notes the chunks of a leaf that it was without, and marks those noted when
 // they have become many.
 func (m *marker) need(was, n *tree.Node, point int32) error {
-	var full *chunkBatch
-	m.mu.Lock()
+	// While a batch is full and the one before is still being looked up, nobody
+	// fills a third.
+	m.filling <- struct{}{}
 	if m.chunks == nil {
+		m.mu.Lock()
 		m.chunks, m.spare = m.spare, nil
+		m.mu.Unlock()
 	}
 	if m.chunks == nil {
 		m.chunks = newBatch()
@@ -460,13 +464,15 @@ func (m *marker) need(was, n *tree.Node, point int32) error {
 			m.chunks.n++
 		}
 	}
-	if m.chunks.n >= batchChunks {
-		full, m.chunks = m.chunks, nil
-	}
-	m.mu.Unlock()
-	if full == nil {
+	if m.chunks.n < batchChunks {
+		<-m.filling
 		return nil
 	}
+	m.resolving <- struct{}{}
+	full := m.chunks
+	m.chunks = nil
+	<-m.filling
+	defer func() { <-m.resolving }()
 	err := m.markChunks(full)
 	for i := range full.some {
 		full.some[i] = full.some[i][:0]
@@ -500,8 +506,6 @@ func (m *marker) markChunks(batch *chunkBatch) error {
 	if batch == nil || batch.n == 0 {
 		return nil
 	}
-	m.resolving <- struct{}{} // keeps those who make more waiting
-	defer func() { <-m.resolving }()
 	var g errgroup.Group
 	for some := range slices.Chunk(batch.some[:], len(batch.some)/resolvers) {
 		g.Go(func() error { return m.markSome(some) })

@@ -146,7 +146,7 @@ func (p *pruner) start(ctx context.Context) error {
 	if err := p.r.refresh(ctx); err != nil {
 		return err
 	}
-	p.m = &marker{r: p.r, old: p.r.current(), there: map[[32]byte]int64{}, resolving: make(chan struct{}, 1)}
+	p.m = &marker{r: p.r, old: p.r.current(), there: map[[32]byte]int64{}, filling: make(chan struct{}, 1), resolving: make(chan struct{}, 1)}
 	if p.run != nil {
 		p.m.own = p.run.lease
 	}

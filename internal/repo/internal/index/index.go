@@ -85,9 +85,9 @@ type Index struct {
 
 const (
 	// releaseAfter is after how many lookups the memory that they have touched is
-	// given back: each touches a few places, and the system maps 64 KiB around
-	// each.
-	releaseAfter = 128
+	// given back: each touches a few places, and the system maps up to 2 MiB
+	// around each.
+	releaseAfter = 16
 	// releaseBytes is from which size of a segment on; what is smaller stays.
 	releaseBytes = 64 << 20
 )
@@ -156,7 +156,7 @@ func (x *Index) Has(source [32]byte) bool {
 }
 
 // Lookup appends to places everywhere that id lies. Of a large index only what
-// was touched last stays in the process's memory, some 25 MB.
+// was touched last stays in the process's memory, some tens of MiB.
 func (x *Index) Lookup(id pack.ID, places []Place) ([]Place, error) {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
