@@ -87,8 +87,8 @@ func Need(t *testing.T) {
 }
 
 // Beside is Need for a test that may run beside others: it lets them go on until
-// one of the machine's places is free, of which there are one more than
-// processors, since guests and tests wait for much. All processes share them.
+// one of the machine's places is free, of which there are as many as processors.
+// All processes share them.
 func Beside(t *testing.T) {
 	t.Helper()
 	Need(t)
@@ -96,7 +96,7 @@ func Beside(t *testing.T) {
 	var free func()
 	began := time.Now()
 	err := Poll(t.Context(), time.Hour, "a place for a test is free", func() (bool, error) {
-		for i := range runtime.NumCPU() + 1 {
+		for i := range runtime.NumCPU() {
 			unlock, err := tryLock(filepath.Join(Cache(), fmt.Sprintf("place-%d", i)))
 			if err != nil || unlock != nil {
 				free = unlock
