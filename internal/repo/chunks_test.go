@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -151,4 +152,43 @@ func TestReadSideBySide(t *testing.T) {
 			t.Errorf("a read of %d chunks took %s", cachedRead/ChunkSize, took)
 		}
 	})
+}
+
+// waited is a context that shows who waits for its end: each does so in a
+// goroutine of its own.
+type waited struct {
+	context.Context
+	done chan struct{}
+}
+
+func (w waited) Done() <-chan struct{} { return w.done }
+
+// Nothing of a read is left in the context of a connection, which lives long.
+func TestReadLeavesNothing(t *testing.T) {
+	s := &blob.Mem{}
+	content := make([]byte, 40*ChunkSize)
+	disktest.Fill(disktest.Rand(t), content)
+	p, err := save(create(t, s), "vm", content, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := reopen(t, s).OpenDisk(ctx, p.Disks[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	long := waited{ctx, make(chan struct{})}
+	before := runtime.NumGoroutine()
+	for i := range int64(20) {
+		for _, n := range []int{512, ChunkSize + 512} {
+			if err := d.ReadAt(long, make([]byte, n), 2*i*ChunkSize); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for try := 0; runtime.NumGoroutine() > before; try++ { // those of ended contexts end soon
+		if try == 1000 {
+			t.Fatalf("%d goroutines, %d before", runtime.NumGoroutine(), before)
+		}
+		runtime.Gosched()
+	}
 }

@@ -95,14 +95,16 @@ func part(p []byte, off, i int64) (piece []byte, from int) {
 // readCached reads chunk by chunk through the cache, side by side those that
 // are not in it: of a store far away each costs the same time.
 func (d *DiskReader) readCached(ctx context.Context, p []byte, off, first int64, ids []pack.ID) error {
+	if len(ids) == 1 && ids[0] != (pack.ID{}) {
+		piece, from := part(p, off, first)
+		return d.readChunk(ctx, piece, from, ids[0])
+	}
 	g, gctx := errgroup.WithContext(ctx)
 	for k, id := range ids {
 		piece, from := part(p, off, first+int64(k))
 		switch {
 		case id == (pack.ID{}):
 			clear(piece)
-		case len(ids) == 1:
-			return d.readChunk(ctx, piece, from, id)
 		case !d.r.chunks.peek(id, piece, from):
 			g.Go(func() error { return d.readChunk(gctx, piece, from, id) })
 		}
